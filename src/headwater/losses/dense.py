@@ -1,0 +1,223 @@
+"""Divergences between a student and a teacher over the whole vocabulary, with the gradient taken in the forward pass.
+
+Per chunk of tokens the logits of both are made, the divergence and its gradient with respect to the student's logits
+written down in closed form, and only the gradients with respect to hidden state and head kept: nothing of size
+tokens x vocab outlives a chunk. Liger's fused linear losses (arXiv:2410.10989) do the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from headwater.losses.numerics import (
+    LOGPROB_FLOOR,
+    Loss,
+    accurate_dtype,
+    check_projection,
+    matmul,
+    matmul_dtype,
+)
+from headwater.losses.projection import scaled_logits
+from headwater.scoring.scores import HiddenScores, TopKScores
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+TAIL_FLOOR = 1e-7
+"""The least mass a top-k teacher's tail can have: 1 - sum cannot tell less from nothing in float32."""
+
+
+def dense_divergence(
+    student_hidden: Float[Tensor, "tokens hidden"],
+    student_head: Float[Tensor, "rows hidden"],
+    teacher: HiddenScores | TopKScores,
+    weights: Float[Tensor, " tokens"],
+    *,
+    kind: Divergence,
+    vocab_size: int,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    student_bias: Float[Tensor, " rows"] | None = None,
+) -> Loss:
+    """Weighted sum over tokens of the divergence of two next-token distributions, in nats.
+
+    P is the teacher, Q the student, both softmaxes of logits / temperature (there is no temperature^2 factor) over the
+    shared prefix of min(student rows, teacher rows, vocab_size) tokens, each normalised there.
+
+    - "forward_kl": KL(P||Q) = sum P log(P/Q). A token the teacher forbids (-inf) adds 0.
+    - "reverse_kl": KL(Q||P) = sum Q log(Q/P), with log P floored at -100: student mass on a forbidden token costs
+      100 nats per unit and is driven out by a finite gradient.
+    - "jsd": beta KL(P||M) + (1 - beta) KL(Q||M), M = beta P + (1 - beta) Q, 0 < beta < 1: the generalised
+      Jensen-Shannon divergence of GKD (arXiv:2306.13649, equation 1). It is not rescaled, so it vanishes at both ends.
+
+    With `TopKScores` both distributions are first summed into k + 1 buckets: the k tokens and one tail. By the
+    data-processing inequality the result is a lower bound of the exact divergence, and unlike a truncated sum it is a
+    divergence: the student cannot lower it by draining mass from the k tokens.
+
+    Gradients reach student_hidden, student_head and student_bias; tokens of weight 0 are never computed. Metrics: both
+    KL directions and the student's entropy (`policy/entropy`), with hidden states the teacher's entropy, with top-k
+    `teacher/topk_mass`. Raises ValueError for misaligned tokens, ids outside the vocabulary, top-k mass above 1 and
+    top-k log-probs taken at another temperature, which cannot be re-tempered since the tail is unknown.
+    """
+    check_projection(temperature, vocab_size, chunk_tokens)
+    if kind == "jsd" and not 0 < beta < 1:
+        raise ValueError(f'jsd needs 0 < beta < 1, got {beta}; for the ends use kind="forward_kl" or "reverse_kl"')
+    rows = min(vocab_size, student_head.shape[0])
+    rows = min(rows, teacher.head.shape[0]) if isinstance(teacher, HiddenScores) else rows
+    _check_teacher(teacher, len(student_hidden), rows, temperature)
+    inputs = (student_hidden, student_head, student_bias)
+    wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    settings = (kind, beta, temperature, rows, chunk_tokens, wants)
+    total, statistics = _DenseDivergence.apply(*inputs, teacher, weights.detach(), settings)
+    names = ["teacher/forward_kl", "teacher/reverse_kl", "policy/entropy"]
+    names.append("teacher/entropy" if isinstance(teacher, HiddenScores) else "teacher/topk_mass")
+    count = (weights != 0).sum()
+    return total, weights.detach().sum(), {name: (statistics[i], count) for i, name in enumerate(names)}
+
+
+def _check_teacher(teacher: HiddenScores | TopKScores, tokens: int, rows: int, temperature: float) -> None:
+    scored = len(teacher.hidden) if isinstance(teacher, HiddenScores) else len(teacher.ids)
+    if scored != tokens:
+        raise ValueError(f"the teacher scored {scored} tokens, the student {tokens}; score the same loss tokens")
+    if isinstance(teacher, HiddenScores) or not tokens:
+        return
+    if teacher.temperature != temperature:
+        raise ValueError(
+            f"top-k log-probs were taken at temperature {teacher.temperature}, the loss runs at {temperature}; "
+            "score again at the loss's temperature"
+        )
+    if not 0 <= int(teacher.ids.min()) <= int(teacher.ids.max()) < rows:
+        raise ValueError(f"top-k ids reach {int(teacher.ids.max())}, allowed are 0..{rows - 1}; check the tokenizers")
+    if bool((teacher.logprobs.double().exp().sum(1) > 1.01).any()):
+        raise ValueError(
+            "top-k log-probs sum to more than 1 at some token; they must be normalised over the vocabulary"
+        )
+
+
+class _DenseDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        teacher: HiddenScores | TopKScores,
+        weights: Tensor,
+        settings: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        total, statistics, *grads = _sum_and_gradients(hidden, head, bias, teacher, weights, *settings)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(statistics)
+        return total, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if g is None else (grads[0] * g).to(g.dtype) for g in ctx.saved_tensors), None, None, None
+
+
+def _sum_and_gradients(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    teacher: HiddenScores | TopKScores,
+    weights: Tensor,
+    kind: Divergence,
+    beta: float,
+    temperature: float,
+    rows: int,
+    chunk_tokens: int,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The weighted sum, four metric totals, and the gradients asked for with respect to hidden, head and bias."""
+    multiply, out = matmul_dtype(hidden, head), accurate_dtype(hidden)
+    cut, cut_bias = head[:rows].to(multiply), None if bias is None else bias[:rows]
+    total, statistics = torch.zeros((), dtype=out, device=hidden.device), weights.new_zeros(4, dtype=out)
+    grad_hidden = torch.zeros_like(hidden) if wants[0] else None
+    grad_head = torch.zeros_like(head, dtype=out) if wants[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants[2] else None
+    for part in weights.nonzero()[:, 0].split(chunk_tokens):
+        log_q = scaled_logits(hidden[part], cut, cut_bias, temperature, multiply, out).log_softmax(1)
+        if isinstance(teacher, HiddenScores):
+            log_p = _teacher_log_softmax(teacher, part, temperature, rows, out)
+            value, grad, metrics = _value_and_gradient(log_p, log_q, kind, beta)
+        else:
+            value, grad, metrics = _bucketed(teacher, part, log_q, kind, beta)
+        scale = weights[part].to(out)
+        total += (scale * value).sum()
+        statistics += metrics
+        if not any(wants):
+            continue
+        grad *= scale[:, None] / temperature
+        if grad_hidden is not None:
+            grad_hidden[part] = matmul(grad, cut, multiply).to(hidden.dtype)
+        if grad_head is not None:
+            grad_head[:rows] += matmul(grad.T, hidden[part], multiply)
+        if grad_bias is not None:
+            grad_bias[:rows] += grad.sum(0)
+    grad_head = None if grad_head is None else grad_head.to(head.dtype)
+    return (
+        total,
+        statistics,
+        grad_hidden,
+        grad_head,
+        grad_bias if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _teacher_log_softmax(
+    teacher: HiddenScores, part: Tensor, temperature: float, rows: int, out: torch.dtype
+) -> Tensor:
+    multiply = matmul_dtype(teacher.hidden, teacher.head)
+    bias = None if teacher.bias is None else teacher.bias[:rows]
+    return scaled_logits(teacher.hidden[part], teacher.head[:rows], bias, temperature, multiply, out).log_softmax(1)
+
+
+def _expect(probability: Tensor, values: Tensor) -> Tensor:
+    """Row sums of probability * values with 0 * anything = 0, as in the limit of p log p."""
+    return torch.where(probability > 0, probability * values, 0.0).sum(1)
+
+
+def _value_and_gradient(log_p: Tensor, log_q: Tensor, kind: Divergence, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row the divergence and its gradient with respect to the logits whose log-softmax is log_q; metric totals."""
+    p, q = log_p.exp(), log_q.exp()
+    student_entropy, teacher_entropy = -_expect(q, log_q), -_expect(p, log_p)
+    excess = log_q - log_p.clamp(min=LOGPROB_FLOOR)
+    forward, reverse = -teacher_entropy - _expect(p, log_q), _expect(q, excess)
+    metrics = torch.stack([x.sum() for x in (forward, reverse, student_entropy, teacher_entropy)])
+    if kind == "forward_kl":
+        return forward, q - p, metrics
+    if kind == "reverse_kl":
+        return reverse, torch.where(q > 0, q * (excess - reverse[:, None]), 0.0), metrics
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    mixed = _expect(q, log_q - log_m)
+    value = beta * _expect(p, log_p - log_m) + (1 - beta) * mixed
+    return value, (1 - beta) * torch.where(q > 0, q * (log_q - log_m - mixed[:, None]), 0.0), metrics
+
+
+def _bucketed(
+    teacher: TopKScores, part: Tensor, log_q: Tensor, kind: Divergence, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_value_and_gradient` of the k + 1 buckets, carried to the vocabulary.
+
+    A bucket's logit gradient G_b reaches the logit i in it as G_b q_i / Q_b: all of it for a single token.
+    """
+    ids, log_top = teacher.ids[part], teacher.logprobs[part].to(log_q.dtype)
+    valid = log_top > -math.inf
+    inside = torch.zeros_like(log_q).scatter_add_(1, ids, valid.to(log_q.dtype)) > 0
+    log_rest = log_q.masked_fill(inside, -math.inf).logsumexp(1, keepdim=True)
+    mass = log_top.exp().sum(1, keepdim=True)
+    log_tail = torch.where(log_rest > -math.inf, (1 - mass).clamp(min=TAIL_FLOOR).log(), -math.inf)
+    log_q_top = log_q.gather(1, ids).masked_fill(~valid, -math.inf)
+    value, grad, metrics = _value_and_gradient(
+        torch.cat([log_top, log_tail], 1), torch.cat([log_q_top, log_rest], 1), kind, beta
+    )
+    spread = torch.where(inside, 0.0, grad[:, -1:] * (log_q - log_rest).exp())
+    metrics[2], metrics[3] = -_expect(log_q.exp(), log_q).sum(), mass.sum()
+    return value, spread.scatter_add_(1, ids, torch.where(valid, grad[:, :-1], 0.0)), metrics

@@ -1,0 +1,58 @@
+"""What all losses share: the return type, precision, and keeping masked entries away from every exp and product."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+Loss = tuple[Float[Tensor, ""], Float[Tensor, ""], Metrics]
+
+LOGPROB_FLOOR = -100.0
+"""A teacher's or reference's log-prob below this counts as this. exp(-103) is the smallest positive float32, so the
+floor says 'no mass at all' and keeps a forbidden token's penalty finite: 100 nats per unit of student mass on it."""
+
+
+def accurate_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 stays float64, everything else is reduced in float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def where_member(
+    values: Float[Tensor, " tokens"], member: Bool[Tensor, " tokens"], dtype: torch.dtype
+) -> Float[Tensor, " tokens"]:
+    """The values in `dtype`, with 0 for non-members, so that their -inf or NaN reaches neither loss nor gradient.
+
+    Masking after an exp or a product is too late: the gradient there is 0 * inf = NaN.
+    """
+    return torch.where(member, values.to(dtype), 0.0)
+
+
+def mean_metric(values: Float[Tensor, " tokens"], member: Bool[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
+    """(total, count) over members, each counting once whatever its loss weight."""
+    return torch.where(member, values.detach(), 0.0).sum(), member.sum()
+
+
+def matmul_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    """The dtype a logits product runs in: autocast's when it is on (never for float64), else the wider of the two."""
+    widest = torch.promote_types(hidden.dtype, head.dtype)
+    device = hidden.device.type
+    if widest != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return widest
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, also where an autocast region would choose another: forward and backward must agree."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
+def check_projection(temperature: float, vocab_size: int, chunk_tokens: int) -> None:
+    """ValueError unless all three are positive."""
+    if not (temperature > 0 and vocab_size >= 1 and chunk_tokens >= 1):
+        raise ValueError(
+            "temperature, vocab_size and chunk_tokens must be positive, "
+            f"got {temperature}, {vocab_size} and {chunk_tokens}; temperature 0 (greedy) has no log-probs"
+        )

@@ -1,0 +1,107 @@
+"""Hidden states and an LM head to log-probs of the target tokens, a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from headwater.losses.numerics import accurate_dtype, check_projection, matmul, matmul_dtype
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Float[Tensor, "rows hidden"],
+    targets: Int[Tensor, " tokens"],
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    bias: Float[Tensor, " rows"] | None = None,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """Log-probs (nats) of `targets` under softmax(hidden @ head.T / temperature), and the detached entropy.
+
+    At most chunk_tokens x vocab logits exist at a time, forward and backward; the backward recomputes them. Gradients
+    reach hidden, head and bias. Head rows from `vocab_size` on are padding and are cut off before the softmax. A token
+    whose log-prob receives no gradient contributes none, even where its hidden state is not finite.
+    Raises ValueError for targets outside the vocabulary and for sizes that are not positive.
+    """
+    check_projection(temperature, vocab_size, chunk_tokens)
+    rows = min(vocab_size, head.shape[0])
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < rows:
+        raise ValueError(
+            f"targets lie in {int(targets.min())}..{int(targets.max())}, head and vocab_size allow 0..{rows - 1}; "
+            "the tokenizer and the model disagree"
+        )
+    logprobs, entropy = _TokenLogprobs.apply(hidden, head, bias, targets, temperature, rows, chunk_tokens)
+    return logprobs, entropy
+
+
+def scaled_logits(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float, multiply: torch.dtype, out: torch.dtype
+) -> Tensor:
+    """(hidden @ head.T + bias) / temperature, multiplied in one dtype and returned in another."""
+    logits = matmul(hidden, head.T, multiply).to(out)
+    if bias is not None:
+        logits = logits + bias.to(out)
+    return logits if temperature == 1 else logits / temperature
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        rows: int,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        multiply, out = matmul_dtype(hidden, head), accurate_dtype(hidden)
+        cut, cut_bias = head[:rows].to(multiply), None if bias is None else bias[:rows]
+        normaliser, logprobs, entropy = (torch.empty(len(hidden), dtype=out, device=hidden.device) for _ in range(3))
+        for start in range(0, len(hidden), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = scaled_logits(hidden[part], cut, cut_bias, temperature, multiply, out)
+            normaliser[part] = logits.logsumexp(1)
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
+            entropy[part] = torch.special.entr((logits - normaliser[part, None]).exp()).sum(1)
+        ctx.save_for_backward(hidden, head, bias, targets, normaliser)
+        ctx.settings = (temperature, rows, chunk_tokens, multiply, out)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs = grads[0]
+        hidden, head, bias, targets, normaliser = ctx.saved_tensors
+        temperature, rows, chunk_tokens, multiply, out = ctx.settings
+        cut, cut_bias = head[:rows].to(multiply), None if bias is None else bias[:rows]
+        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_head = torch.zeros_like(head, dtype=out) if wants_head else None
+        grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants_bias else None
+        # Only rows with a gradient: a masked token's hidden state may hold NaN, and 0 * NaN would spread it.
+        for part in grad_logprobs.nonzero()[:, 0].split(chunk_tokens):
+            logits = scaled_logits(hidden[part], cut, cut_bias, temperature, multiply, out)
+            slope = grad_logprobs[part, None].to(out) / temperature
+            grad_logits = (logits - normaliser[part, None]).exp_().mul_(-slope)
+            grad_logits.scatter_add_(1, targets[part, None], slope)
+            if grad_hidden is not None:
+                grad_hidden[part] = matmul(grad_logits, cut, multiply).to(hidden.dtype)
+            if grad_head is not None:
+                grad_head[:rows] += matmul(grad_logits.T, hidden[part], multiply)
+            if grad_bias is not None:
+                grad_bias[:rows] += grad_logits.sum(0)
+        return (
+            grad_hidden,
+            None if grad_head is None else grad_head.to(head.dtype),
+            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 4,
+        )
