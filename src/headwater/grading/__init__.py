@@ -1,0 +1,1 @@
+"""Grading of untrusted model text: answer extraction, graders, and the killable child processes that run them."""

@@ -1,0 +1,44 @@
+"""Problems and their graders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headwater.types import Task
+
+
+def load_task(spec: Mapping[str, object]) -> Task:
+    """The task that a plain mapping describes; `name` says which kind, the other keys are that kind's own.
+
+    - `chains`: the embedded world's task; `seed`, `sizes` of the splits.
+    - `reasoning-gym:DATA_SET`: see `procedural.load`.
+    - `jsonl`, `parquet`, `hub`: rows of a file or of a Hugging Face data set; see `table.load`.
+
+    Raises ValueError for an unknown name, an unknown or missing key, and for data that cannot be read as asked.
+    """
+    name = spec.get("name")
+    rest = {key: value for key, value in spec.items() if key != "name"}
+    match str(name).partition(":"):
+        case "chains", "", "":
+            from headwater.tasks.chains import Chains
+
+            rest |= rest.pop("sizes", {})  # type: ignore[arg-type]
+            check_keys("chains", rest, {"seed", "train", "tuning", "test", "unlabelled"})
+            return Chains(**rest)  # type: ignore[arg-type]
+        case "reasoning-gym", ":", data_set if data_set:
+            from headwater.tasks import procedural
+
+            return procedural.load(data_set, rest)
+        case "jsonl" | "parquet" | "hub" as kind, "", "":
+            from headwater.tasks import table
+
+            return table.load(kind, rest)
+    raise ValueError(f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet' or 'hub'")
+
+
+def check_keys(task: str, given: Mapping[str, object], allowed: set[str], required: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Raise ValueError for keys that are unknown or missing."""
+    if unknown := sorted(given.keys() - allowed - required):
+        raise ValueError(f"{task} has no {unknown}; it takes {sorted(allowed | required)}")
+    if missing := sorted(required - given.keys()):
+        raise ValueError(f"{task} needs {missing}; give {'it' if len(missing) == 1 else 'them'} in the task's table")
