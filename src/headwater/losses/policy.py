@@ -39,9 +39,10 @@ def clipped_policy_gradient(
 
     `old_logprobs` are the trained model's own at the start of the update; None means the update is on-policy and r is
     1 with the gradient of log policy. With ratio="sequence" r is the geometric mean of the sequence's ratios and its
-    gradient goes to each token's own log-prob (GSPO-token, equations 13-14).
-    `sampler_logprobs` are those of the engine that drew the tokens: each token is multiplied by the detached
-    min(old / sampler, sampler_weight_cap) (truncated importance sampling); None as cap leaves the loss uncorrected.
+    gradient goes to each token's own log-prob (GSPO-token, section 4.3); a sequence must not be split over
+    micro-batches. `sampler_logprobs` are those of the engine that drew the tokens: each token is multiplied by the
+    detached min(old / sampler, sampler_weight_cap) (truncated importance sampling); None as cap leaves the loss
+    uncorrected.
 
     Metrics: the share of members that clipping silenced below and above, mean ratio, and against the sampler the k3
     estimate of KL(sampler||old), the mean weight and `policy/sampler_mismatch_max` (nats; reduced by maximum).

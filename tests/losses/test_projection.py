@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from headwater.losses import token_logprobs
+from headwater.losses.oracle import token_logprobs_from_logits
+
+TOKENS, HIDDEN, ROWS, VOCAB = 11, 5, 13, 10
+
+
+def make(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, head, bias = (
+        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((TOKENS, HIDDEN), (ROWS, HIDDEN), (ROWS,))
+    )
+    targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    return *(x.to(dtype).requires_grad_() for x in (hidden, head, bias)), targets
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 64])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_equals_full_logits_with_gradients(chunk_tokens, temperature):
+    hidden, head, bias, targets = make()
+    upstream = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+    logprobs, entropy = token_logprobs(
+        hidden, head, targets, vocab_size=VOCAB, temperature=temperature, chunk_tokens=chunk_tokens, bias=bias
+    )
+    expected, expected_entropy = token_logprobs_from_logits(
+        hidden @ head.T + bias, targets, vocab_size=VOCAB, temperature=temperature
+    )
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=0, atol=1e-12)
+    assert not entropy.requires_grad
+    grads = torch.autograd.grad((upstream * logprobs).sum(), (hidden, head, bias))
+    for actual, wanted in zip(
+        grads, torch.autograd.grad((upstream * expected).sum(), (hidden, head, bias)), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+    assert grads[1][VOCAB:].eq(0).all()
+
+
+def test_gradcheck():
+    hidden, head, bias, targets = make()
+
+    def function(hidden, head, bias):
+        return token_logprobs(hidden, head, targets, vocab_size=VOCAB, temperature=0.7, chunk_tokens=4, bias=bias)[0]
+
+    assert torch.autograd.gradcheck(function, (hidden, head, bias))
+
+
+def test_hand_value():
+    # logits log 1, log 2, log 5 and a padding row that would dominate: probabilities 1/8, 2/8, 5/8
+    head = torch.tensor([[1.0], [2.0], [5.0], [1e30]]).log()
+    logprobs, entropy = token_logprobs(torch.ones(1, 1), head, torch.tensor([2]), vocab_size=3)
+    p = torch.tensor([0.125, 0.25, 0.625])
+    assert logprobs.item() == pytest.approx(torch.log(p[2]).item(), abs=1e-6)
+    assert entropy.item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-6)
+
+
+def test_gradient_accumulates_with_tied_embeddings():
+    table, targets = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True), make()[3]
+    inputs = torch.arange(TOKENS) % ROWS
+    expected = torch.autograd.grad(
+        token_logprobs_from_logits(table[inputs] @ table.T, targets, vocab_size=VOCAB)[0].sum(), table
+    )[0]
+    for part in (slice(0, 3), slice(3, TOKENS)):
+        token_logprobs(table[inputs[part]], table, targets[part], vocab_size=VOCAB)[0].sum().backward()
+    torch.testing.assert_close(table.grad, expected, rtol=0, atol=1e-12)
+
+
+def test_a_token_without_gradient_may_hold_nan():
+    hidden, head, _, targets = make()
+    with torch.no_grad():
+        hidden[3] = float("nan")
+    logprobs, _ = token_logprobs(hidden, head, targets, vocab_size=VOCAB, chunk_tokens=4)
+    torch.where(torch.arange(TOKENS) == 3, 0.0, logprobs).sum().backward()
+    assert hidden.grad is not None and head.grad is not None
+    assert hidden.grad.isfinite().all() and hidden.grad[3].eq(0).all() and head.grad.isfinite().all()
+
+
+def test_forbidden_tokens_have_no_entropy_and_no_gradient():
+    hidden, head, _, targets = make()
+    bias = torch.zeros(ROWS, dtype=torch.float64)
+    bias[0] = -torch.inf
+    targets = targets.clamp(min=1)
+    logprobs, entropy = token_logprobs(hidden, head, targets, vocab_size=VOCAB, bias=bias)
+    expected, expected_entropy = token_logprobs_from_logits(hidden @ head[1:].T, targets - 1, vocab_size=VOCAB - 1)
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=0, atol=1e-12)
+    assert torch.autograd.grad(logprobs.sum(), head)[0][0].eq(0).all()
+
+
+def test_half_precision_is_normalised_in_float32():
+    hidden, head, _, targets = make(torch.bfloat16)
+    logprobs, entropy = token_logprobs(hidden, head, targets, vocab_size=VOCAB, chunk_tokens=3)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    logits = (hidden.detach() @ head.detach().T).float()
+    torch.testing.assert_close(
+        logprobs, token_logprobs_from_logits(logits, targets, vocab_size=VOCAB)[0], rtol=0, atol=1e-6
+    )
+    logprobs.sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    token_logprobs(exact[0], exact[1], targets, vocab_size=VOCAB)[0].sum().backward()
+    for low, high in zip((hidden, head), exact, strict=True):
+        assert low.grad is not None and high.grad is not None and low.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(low.grad.double(), high.grad, rtol=0.03, atol=0.03)
+
+
+def test_autocast_decides_the_product_and_backward_agrees_with_forward():
+    hidden, head, _, targets = make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = token_logprobs(hidden, head, targets, vocab_size=VOCAB)[0]
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, head)]
+    torch.testing.assert_close(inside, token_logprobs(low[0], low[1], targets, vocab_size=VOCAB)[0], rtol=0, atol=0)
+    inside.sum().backward()
+    assert head.grad is not None and head.grad.dtype == torch.float32
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_never_more_than_a_chunk_of_logits():
+    hidden, head = torch.randn(64, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    with LargestTensor() as largest:
+        token_logprobs(hidden, head, torch.zeros(64, dtype=torch.int64), vocab_size=50, chunk_tokens=8)[
+            0
+        ].sum().backward()
+    assert largest.numel == 8 * 50
+
+
+def test_empty_batch():
+    head = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    empty = torch.zeros(0, HIDDEN, requires_grad=True)
+    logprobs, entropy = token_logprobs(empty, head, torch.zeros(0, dtype=torch.int64), vocab_size=VOCAB)
+    logprobs.sum().backward()
+    assert logprobs.shape == entropy.shape == (0,) and head.grad is not None and head.grad.eq(0).all()
+
+
+def test_errors():
+    hidden, head, _, targets = make()
+    with pytest.raises(ValueError, match="targets"):
+        token_logprobs(hidden, head, targets + VOCAB, vocab_size=VOCAB)
+    for bad in ({"temperature": 0.0}, {"vocab_size": 0}, {"chunk_tokens": 0}):
+        with pytest.raises(ValueError, match="positive"):
+            token_logprobs(hidden, head, targets, **{"vocab_size": VOCAB, **bad})
