@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -23,7 +23,8 @@ class Message:
 class Problem:
     """A prompt and, when labelled, its checkable answer.
 
-    `columns` holds every other field of the source row as JSON values; graders and TRL-style reward functions receive it.
+    `columns` holds every other field of the source row as JSON values; graders and TRL-style reward functions receive
+    it.
     """
 
     messages: tuple[Message, ...]
@@ -58,7 +59,8 @@ class Verdict:
 class Task(Protocol):
     """Problems and the dotted name of their grader (`module:function` or `file.py:function`).
 
-    The grader has the signature `(completion: str, problem: Problem) -> Verdict` and is only ever called in a child process.
+    The grader has the signature `(completion: str, problem: Problem) -> Verdict` and is only ever called in a child
+    process.
     """
 
     name: str
@@ -79,3 +81,7 @@ class Rollout:
     text: str
     finished: bool
     policy_version: int
+
+
+Grade = Callable[[list[tuple[Problem, str]]], list[Verdict]]
+"""Completions to verdicts; `GraderPool.grade` is the one that is safe for model output."""

@@ -1,0 +1,142 @@
+"""The command line: run, resume, eval, export, stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from headwater import __version__
+from headwater.config import Recipe, load_recipe
+from headwater.report.terminal import Progress, dry_run, print_results
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+console = Console()
+
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: --set pool.labels=64", metavar="KEY=VALUE")
+]
+StoreDir = Annotated[Path | None, typer.Option("--store", help="Where finished stages live (default: per-user data).")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME).")]
+On = Annotated[str | None, typer.Option("--on", help="Executor: inline or local:N.", metavar="EXECUTOR")]
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Headwater: spend scarce labels on the teacher, carry what it learned into the student."""
+    if version:
+        console.print(f"headwater {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+    set_: Sets = None,
+    out: Out = None,
+    store: StoreDir = None,
+    on: On = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the graph, train nothing.")] = False,
+) -> None:
+    """Run a study; the same command goes on where it was stopped."""
+    with _explained():
+        overrides = [*(set_ or []), *([f'execution.executor="{on}"'] if on else [])]
+        _run(load_recipe(recipe, overrides), out, store, dry)
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="A run directory.")],
+    store: StoreDir = None,
+    on: On = None,
+) -> None:
+    """Go on with the run in a directory."""
+    with _explained():
+        _run(
+            load_recipe(directory / "recipe.toml", [f'execution.executor="{on}"'] if on else []),
+            directory,
+            store,
+            False,
+        )
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A model source (hf:, file:, wheel:, world:) or a path.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe whose evaluations to use.")],
+    set_: Sets = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling streams.")] = 0,
+    store: StoreDir = None,
+) -> None:
+    """Evaluate a model on a recipe's evaluations; prints JSON."""
+    from headwater.study.run import evaluate_model
+
+    with _explained():
+        found = evaluate_model(model, load_recipe(recipe, set_ or []), seed, _store(store))
+        typer.echo(json.dumps(found, indent=1))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="A run directory.")],
+    arm: Annotated[str, typer.Argument(help="The arm whose student to export.")],
+    to: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    seed: Annotated[int | None, typer.Option(help="Which seed (default: the first).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    store: StoreDir = None,
+) -> None:
+    """Write an arm's student as a Hugging Face directory with a model card."""
+    from headwater.export import export_student
+
+    with _explained():
+        export_student(directory, arm, seed, to, dtype, _store(store))
+        console.print(f"{to}: load it with AutoModelForCausalLM.from_pretrained({str(to)!r})")
+
+
+@app.command(hidden=True)
+def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], store: StoreDir = None) -> None:
+    """Run one node from its specification: what executors call on other machines."""
+    from headwater.stages.node import Job, run_node
+
+    with _explained():
+        run_node(Job.from_json(spec.read_text(encoding="utf-8")), _store(store))
+
+
+def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool) -> None:
+    from headwater.study.graph import plan
+    from headwater.study.run import run as run_study
+
+    where, kept = out or Path("runs") / recipe.name, _store(store)
+    if dry:
+        dry_run(console, recipe, plan(recipe, offline=True), kept)
+        return
+    with Progress(console, recipe) as progress:
+        found = run_study(recipe, where, kept, on_event=progress.on_event, on_plan=progress.on_plan)
+    print_results(console, recipe, found, where)
+
+
+def _store(path: Path | None):
+    from headwater.store import Store, default_root
+
+    return Store(path or default_root())
+
+
+class _explained:
+    """What a user can mend becomes one message and exit code 2; a failure while training, exit code 1."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        from headwater.study.executors import NodeFailed
+
+        if isinstance(error, KeyboardInterrupt):
+            typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+            raise typer.Exit(130)
+        if isinstance(error, ValueError | OSError | NodeFailed):
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1)
+        return False

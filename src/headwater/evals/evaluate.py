@@ -1,0 +1,106 @@
+"""avg@k and pass@k of one model on held-out problems, with every sample's verdict kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwater.checkpoint import write_atomically
+from headwater.config import Evaluation
+from headwater.evals.statistics import pass_at_k
+from headwater.meter import Meter
+from headwater.models.language_model import LanguageModel
+from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.types import Grade, Problem
+
+BATCH = 64
+
+
+def evaluate(
+    settings: Evaluation,
+    *,
+    model: LanguageModel,
+    problems: Sequence[Problem],
+    grade: Grade,
+    seed: int,
+    meter: Meter,
+    max_tokens: int = 262_144,
+    directory: Path | None = None,
+) -> dict[str, Any]:
+    """Sample `settings.samples` completions of every problem and grade them.
+
+    Returns `{"avg@k", "k", "num_problems", "pass@k": {k: x}, "parsed", "truncated", "reasons", "styles",
+    "per_problem"}`; `per_problem[i]` is the share of right samples of problem i. With a `directory`, finished batches
+    of 64 problems are kept there and an interrupted evaluation goes on after them. Random numbers depend on (seed, problem, sample) alone.
+    """
+    rows: list[dict[str, Any]] = []
+    path = directory / "samples.jsonl" if directory else None
+    if path is not None and path.exists():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        meter.restore(rows[-1]["meter"])
+    sampler = TransformersSampler(model, max_tokens=max_tokens)
+    sampling = Sampling(
+        ("evaluate", seed),
+        settings.samples,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        settings.top_k,
+    )
+    for start in range(len(rows), len(problems), BATCH):
+        part = problems[start : start + BATCH]
+        with meter.timed("evaluated"):
+            rollouts = sampler.sample(part, sampling)
+            verdicts = grade([(part[i // settings.samples], r.text) for i, r in enumerate(rollouts)])
+        prompts = sum(len(r.prompt_ids) for r in rollouts[:: settings.samples])
+        meter.add("evaluated", prompts + sum(len(r.completion_ids) for r in rollouts), model.num_parameters)
+        for i, problem in enumerate(part):
+            mine = slice(i * settings.samples, (i + 1) * settings.samples)
+            rows.append(
+                {
+                    "problem": problem.id,
+                    "prompt": [asdict(m) for m in problem.messages],
+                    "answer": problem.answer,
+                    "correct": [v.correct for v in verdicts[mine]],
+                    "parsed": [v.parsed for v in verdicts[mine]],
+                    "reasons": [v.reason for v in verdicts[mine]],
+                    "styles": [v.style for v in verdicts[mine]],
+                    "finished": [r.finished for r in rollouts[mine]],
+                    "lengths": [len(r.completion_ids) for r in rollouts[mine]],
+                    "texts": [r.text for r in rollouts[mine]],
+                    "meter": meter.state(),
+                }
+            )
+        if path is not None:
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return summary(rows, settings.samples)
+
+
+def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
+    """The numbers of an evaluation from its per-problem rows."""
+    correct = np.array([row["correct"] for row in rows], dtype=float)
+    flat = [(c, s) for row in rows for c, s in zip(row["correct"], row["styles"], strict=True)]
+    styles = Counter(style for _, style in flat if style)
+    return {
+        "avg@k": float(correct.mean()),
+        "k": samples,
+        "num_problems": len(rows),
+        "pass@k": {
+            str(k): float(np.mean([pass_at_k(samples, int(c), k) for c in correct.sum(1)]))
+            for k in sorted({1, samples} | {2**i for i in range(samples.bit_length()) if 2**i <= samples})
+        },
+        "parsed": float(np.mean([row["parsed"] for row in rows])),
+        "truncated": 1.0 - float(np.mean([row["finished"] for row in rows])),
+        "reasons": dict(Counter(reason for row in rows for reason in row["reasons"])),
+        "styles": {
+            style: {"share": n / len(flat), "accuracy": sum(c for c, s in flat if s == style) / n}
+            for style, n in sorted(styles.items())
+        },
+        "per_problem": {row["problem"]: float(c) for row, c in zip(rows, correct.mean(1), strict=True)},
+    }

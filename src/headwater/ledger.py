@@ -1,0 +1,52 @@
+"""The label ledger: every revealed answer of a stage, written once under (step, problem)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Ledger:
+    """Reveals of one stage. A *label* is one revealed answer; re-reading it at a later step is another reveal.
+
+    The file is append-only JSON lines. A key that is already there is not written again, so a step repeated after a
+    crash counts once; a last line torn by the crash is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._keys: dict[tuple[int, str], None] = {}
+        if path.exists():
+            kept = list(_whole_lines(path))
+            self._keys = {(row["step"], row["problem"]): None for row in kept}
+            path.write_text("".join(_line(step, problem) for step, problem in self._keys), encoding="utf-8")
+
+    def reveal(self, step: int, problems: Iterable[str]) -> None:
+        """Record that the answers of these problem ids were used at this step."""
+        new = [key for key in dict.fromkeys((step, problem) for problem in problems) if key not in self._keys]
+        if not new:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(_line(*key) for key in new))
+        self._keys.update(dict.fromkeys(new))
+
+    @property
+    def revealed(self) -> int:
+        """Number of reveals."""
+        return len(self._keys)
+
+    @property
+    def problems(self) -> set[str]:
+        """Ids of the problems revealed; their number is the bill in distinct labels."""
+        return {problem for _, problem in self._keys}
+
+
+def _line(step: int, problem: str) -> str:
+    return json.dumps({"step": step, "problem": problem}) + "\n"
+
+
+def _whole_lines(path: Path) -> Iterable[dict]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)

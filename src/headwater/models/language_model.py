@@ -1,0 +1,163 @@
+"""A causal language model with its tokenizer: prompts in, last hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from headwater.config import ModelConfig
+from headwater.types import Message
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Weights, tokenizer and prompting of one model.
+
+    `vocab_size` is the tokenizer's: rows of the LM head beyond it are padding, never sampled and never normalised over.
+    """
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: ModelConfig
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: less memory, a third more arithmetic."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def head(self) -> Float[Tensor, "vocab hidden"]:
+        """Rows of the LM head that are tokens."""
+        return self.module.get_output_embeddings().weight[: self.vocab_size]  # pyright: ignore
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Last hidden states, after the final norm: `hidden @ head.T` are the logits.
+
+        Rows padded on the right need no mask (attention is causal); padded on the left they need one.
+        """
+        positions = None
+        if attention_mask is not None:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+
+    @property
+    def base(self) -> torch.nn.Module:
+        """The module without its LM head."""
+        return self.module.base_model
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a prompt, ready for the completion to follow."""
+        if self.config.system is not None and all(m.role != "system" for m in messages):
+            messages = [Message("system", self.config.system), *messages]
+        if self.config.template == "none":
+            text = "\n".join(m.content for m in messages)
+            return self.tokenizer(text, add_special_tokens=True)["input_ids"]  # pyright: ignore
+        return self.tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages],
+            add_generation_prompt=True,
+            enable_thinking=self.config.thinking,
+            tokenize=True,
+            return_dict=False,
+        )  # pyright: ignore
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion without the token that ended it."""
+        text = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        return self.tokenizer.decode(list(text), skip_special_tokens=False)  # pyright: ignore
+
+
+def load_model(
+    config: ModelConfig,
+    directory: Path,
+    *,
+    device: str = "cpu",
+    trained: bool = False,
+    checkpoint_activations: bool = False,
+) -> LanguageModel:
+    """Load a Hugging Face directory (or a snapshot of one).
+
+    A frozen model is loaded in `config.dtype`; one to be trained in float32, from which `update.AdamW` takes its
+    masters.
+    Raises ValueError when the tokenizer has no template, no end token, or more tokens than the model has rows, and when
+    the logits are not `hidden @ head.T` (a soft-cap or a bias the losses would miss).
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    dtype = torch.float32 if trained else getattr(torch, config.dtype)
+    module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+    module = module.to(torch.device(device)).eval().requires_grad_(trained)  # pyright: ignore[reportArgumentType]
+    if checkpoint_activations:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    return replace(wrap(module, tokenizer, config), checkpoint_activations=checkpoint_activations)
+
+
+def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> LanguageModel:
+    """A LanguageModel from a module in memory; raises as `load_model` does."""
+    if config.template == "chat" and not tokenizer.chat_template:
+        raise ValueError(
+            f"{config.source} has no chat template: a base model needs template = 'none', "
+            "or use the instruct model's tokenizer"
+        )
+    rows = module.get_output_embeddings().weight.shape[0]  # pyright: ignore
+    if len(tokenizer) > rows:
+        raise ValueError(f"{config.source}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} rows")
+    model = LanguageModel(module, tokenizer, config, _eos_ids(module, tokenizer, config), len(tokenizer))
+    _check_plain_head(model)
+    return model
+
+
+def check_same_tokenizer(student: LanguageModel, teacher: LanguageModel) -> None:
+    """Token-level supervision needs one token inventory: raise ValueError with an example where two differ."""
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours != theirs:
+        differing = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        first = differing[0]
+        raise ValueError(
+            f"teacher {teacher.config.source} and student {student.config.source} have different tokenizers: "
+            f"{len(differing)} tokens differ, for example {first!r} is {theirs.get(first)} for the teacher and "
+            f"{ours.get(first)} for the student; choose a teacher of the student's family"
+        )
+
+
+def _eos_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> tuple[int, ...]:
+    generation = module.generation_config.eos_token_id if module.generation_config else None
+    named = [*(generation if isinstance(generation, list) else [generation]), tokenizer.eos_token_id]
+    ids = {token for token in named if isinstance(token, int)}
+    for token in config.stop_tokens:
+        number = tokenizer.convert_tokens_to_ids(token)
+        if not isinstance(number, int) or number == tokenizer.unk_token_id:
+            raise ValueError(f"{config.source}: stop token {token!r} is not one token of its tokenizer")
+        ids.add(number)
+    if not ids:
+        raise ValueError(
+            f"{config.source}: neither tokenizer nor generation config names an end token; set stop_tokens"
+        )
+    return tuple(sorted(ids))
+
+
+@torch.no_grad()
+def _check_plain_head(model: LanguageModel) -> None:
+    ids = torch.tensor([[model.eos_ids[0]] * 3], device=model.device)
+    logits = model.module(input_ids=ids).logits[..., : model.vocab_size]
+    ours = model.hidden(ids) @ model.head.T
+    if not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise ValueError(
+            f"{model.config.source}: its logits are not hidden states times LM head (a soft-cap, scale or bias): "
+            "the losses would not see it; this architecture is not supported"
+        )

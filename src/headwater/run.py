@@ -1,0 +1,183 @@
+"""One stage's directory: metrics, samples, ledger, meter, checkpoints - what its loop writes and resumes from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from headwater import checkpoint
+from headwater.config import Execution
+from headwater.ledger import Ledger
+from headwater.mesh import Mesh
+from headwater.meter import Meter
+from headwater.models.language_model import LanguageModel
+from headwater.types import Rollout, Verdict
+from headwater.update import AdamW, NonFiniteError
+
+OnLog = Callable[[int, int, dict[str, float]], None]
+"""Called with (steps done, steps in all, metrics) after every step: progress display only."""
+
+SAMPLES_SHOWN = 4
+
+
+class StageRun:
+    """What a stage loop needs besides models: where it writes, how often, and how far it got.
+
+    `evaluate`, when given, is called every `execution.eval_every` steps with the number of updates done; it has its own
+    random streams, so calling it more often changes nothing.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        execution: Execution | None = None,
+        mesh: Mesh | None = None,
+        on_log: OnLog | None = None,
+        evaluate: Callable[[int], dict[str, float]] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.execution = execution or Execution()
+        self.mesh = mesh or Mesh()
+        directory.mkdir(parents=True, exist_ok=True)
+        self.ledger = Ledger(directory / "ledger.jsonl")
+        self.meter = Meter()
+        self._on_log = on_log
+        self._evaluate = evaluate
+
+    def restore(self, optimizer: AdamW) -> int:
+        """Bring the optimizer (and so the weights) and the meter to the newest checkpoint; the number of steps done."""
+        found = checkpoint.load_newest(self.directory / "checkpoints")
+        if found is None:
+            done = 0
+        else:
+            tensors, state = found
+            optimizer.restore(tensors)
+            self.meter.restore(state["meter"])
+            done = state["step"]
+        for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+            _truncate(self.directory / name, done)
+        return done
+
+    def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """Append one row of metrics for step 0..steps-1."""
+        row = {"step": step, "time": time.time(), **metrics, "ledger/labels": len(self.ledger.problems)}
+        self._append("metrics.jsonl", [row])
+        if self._on_log is not None:
+            self._on_log(step + 1, steps, metrics)
+
+    def show(self, step: int, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict] | None = None) -> None:
+        """Keep a few rollouts of this step, with their verdicts, for people to read."""
+        if step % self.execution.save_every:
+            return
+        rows = []
+        for place, rollout in enumerate(rollouts[:SAMPLES_SHOWN]):
+            row: dict[str, Any] = {
+                "step": step,
+                "problem": rollout.problem_id,
+                "text": rollout.text,
+                "finished": rollout.finished,
+            }
+            if verdicts is not None:
+                row["verdict"] = asdict(verdicts[place])
+            rows.append(row)
+        self._append("samples.jsonl", rows)
+
+    def save_if_due(self, done: int, steps: int, optimizer: AdamW) -> None:
+        """Checkpoint after every `execution.save_every` steps (the end of the stage saves the model instead)."""
+        if done % self.execution.save_every == 0 and done < steps and self.mesh.is_writer:
+            checkpoint.save(self.directory / "checkpoints", done, optimizer.state(), {"meter": self.meter.state()})
+
+    def evaluate_if_due(self, done: int) -> None:
+        """Learning curve: held-out evaluation after every `execution.eval_every` steps."""
+        every = self.execution.eval_every
+        if self._evaluate is not None and every and done % every == 0:
+            self._append("evals.jsonl", [{"step": done - 1, "updates": done, **self._evaluate(done)}])
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Save the batch when the block meets a non-finite loss or gradient, and say where."""
+        try:
+            yield
+        except NonFiniteError as error:
+            path = self.directory / "nonfinite.safetensors"
+            tensors = {}
+            for i, micro in enumerate(error.micro_batches):
+                tensors |= {f"{i}.ids": micro.ids, f"{i}.predicts": micro.predicts, f"{i}.targets": micro.targets}
+                tensors |= {f"{i}.{name}": values for name, values in micro.fields.items()}
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+            error.args = (
+                f"{error}; the batch is in {path}. The weights were not changed: lower the learning rate or look at "
+                "the batch, then run the same command to go on from the last checkpoint",
+            )
+            raise
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        if self.mesh.is_writer and rows:
+            try:
+                with (self.directory / name).open("a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+            except OSError as error:
+                if checkpoint._is_full(error):
+                    raise checkpoint.disk_full(self.directory, name) from error
+                raise
+
+
+def save_model(model: LanguageModel, optimizer: AdamW, directory: Path) -> None:
+    """Write the trained model as a Hugging Face directory with its tokenizer: float32 masters, whole or not at all."""
+    aside = directory.with_name(f".{directory.name}")
+    optimizer.unround()
+    try:
+        model.module.save_pretrained(aside)
+        model.tokenizer.save_pretrained(aside)
+    except Exception as error:
+        if checkpoint._is_full(error):
+            raise checkpoint.disk_full(directory.parent, "the trained model") from error
+        raise
+    aside.rename(directory)
+
+
+@contextmanager
+def lease(directory: Path) -> Iterator[None]:
+    """Hold a node's directory: one writer at a time, released by the kernel when the holder dies.
+
+    Raises BlockingIOError naming the holder when another process has it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lease").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BlockingIOError(f"{directory} is being trained by {file.read().strip()}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _truncate(path: Path, done: int) -> None:
+    """Drop rows of steps that will be run again, and a last line torn by a crash."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] < done]
+    checkpoint.write_atomically(path, "".join(kept))
+
+
+def set_deterministic(threads: int | None) -> None:
+    """Fixed thread count and deterministic kernels: the same inputs give the same bits."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,99 @@
+"""Serialisable specifications of the study's nodes, and the keys they hash to."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, canonical
+
+REVISIONS = {"grpo": 1, "warmup": 1, "distill": 1, "sft": 1, "evaluate": 1}
+"""Raised when a method's numbers change for the same specification; a golden trajectory fails until it is."""
+
+
+class ModelRef(Frozen):
+    """A model: a source, or the student or teacher that a stage left in the store."""
+
+    config: ModelConfig
+    fingerprint: str
+    """Digest of the source's files, so that a changed model is another model."""
+    stage: str | None = None
+    """Key of the stage whose weights replace the source's."""
+
+    @property
+    def name(self) -> str:
+        return self.config.source if self.stage is None else f"{self.config.source} after {self.stage}"
+
+
+class Problems(Frozen):
+    """Which problems a node sees: `count` drawn by a seed from a split of a task, or a half of them."""
+
+    task: dict[str, Any]
+    split: str
+    count: int
+    seed: int | None
+    """None keeps the split's own order (evaluation); a seed draws a nested subset (label pool)."""
+    part: Literal["all", "first", "second"] = "all"
+    labelled: bool = True
+    """False: the node gets prompts alone."""
+    digest: str
+    """Of the prompts and, when labelled, the answers: the data are part of the key."""
+
+
+class StageSpec(Frozen):
+    """One method run on one model; everything that decides its weights."""
+
+    kind: Literal["stage"] = "stage"
+    settings: MethodConfig
+    revision: int
+    seed: int
+    start: ModelRef
+    teacher: ModelRef | None = None
+    problems: Problems
+    grader: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.settings.method
+
+
+class EvaluationSpec(Frozen):
+    """One model on one evaluation; has random streams of its own."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    settings: Evaluation
+    revision: int
+    seed: int
+    start: ModelRef
+    problems: Problems
+    grader: str
+
+    @property
+    def label(self) -> str:
+        return "evaluate"
+
+
+NodeSpec = Annotated[StageSpec | EvaluationSpec, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[StageSpec | EvaluationSpec] = TypeAdapter(NodeSpec)
+
+
+def parse(text: str) -> StageSpec | EvaluationSpec:
+    """A specification from JSON."""
+    return _ADAPTER.validate_json(text)
+
+
+def key(spec: StageSpec | EvaluationSpec) -> str:
+    """20 hex digits that name the node: equal for equal semantics, whatever executes it."""
+    return digest(spec.model_dump(mode="json"))
+
+
+def parents(spec: StageSpec | EvaluationSpec) -> list[str]:
+    """Keys of the stages whose weights this node reads."""
+    refs = [spec.start] + ([spec.teacher] if isinstance(spec, StageSpec) and spec.teacher else [])
+    return [ref.stage for ref in refs if ref.stage is not None]
+
+
+def digest(value: object) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:20]

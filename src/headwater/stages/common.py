@@ -1,0 +1,132 @@
+"""What the loops share: checking the pool, sampling teacher rollouts once, the dense loss, rollout metrics."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+
+from headwater import checkpoint
+from headwater.config import Distill, TeacherRollouts, Warmup
+from headwater.losses.dense import dense_divergence
+from headwater.models.language_model import LanguageModel
+from headwater.rollouts.batch import MicroBatch
+from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.run import StageRun
+from headwater.scoring.log_probs import hidden_scores, stored_scores
+from headwater.types import Grade, Problem, Rollout, Verdict
+from headwater.update import Loss, Term
+
+T = TypeVar("T")
+
+
+def rows_of(groups: Sequence[Sequence[T]]) -> list[T]:
+    return [row for group in groups for row in group]
+
+
+def check_pool(problems: Sequence[Problem], needed: int, *, labelled: bool) -> None:
+    """ValueError when a step would need more problems than there are, or answers that are missing."""
+    if len(problems) < needed:
+        raise ValueError(
+            f"a step needs {needed} problems but the pool has {len(problems)}: lower it or enlarge the pool"
+        )
+    if labelled and (missing := [p.id for p in problems if p.answer is None]):
+        raise ValueError(f"{len(missing)} of {len(problems)} problems have no answer, for example {missing[0]}")
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict] | None = None) -> dict[str, float]:
+    """Lengths, truncation and, with verdicts, the share of each reason and style (formulas in docs/metrics.md)."""
+    count = len(rollouts)
+    metrics = {
+        "completion/len_mean": sum(len(r.completion_ids) for r in rollouts) / count,
+        "completion/frac_truncated": sum(not r.finished for r in rollouts) / count,
+    }
+    if verdicts is not None:
+        metrics["reward/frac_correct"] = sum(v.correct for v in verdicts) / count
+        metrics["reward/frac_parsed"] = sum(v.parsed for v in verdicts) / count
+        for reason in ("timeout", "memory", "error"):
+            metrics[f"grader/frac_{reason}"] = sum(v.reason == reason for v in verdicts) / count
+        for style, n in sorted(Counter(v.style for v in verdicts if v.style).items()):
+            metrics[f"style/{style}"] = n / count
+    return metrics
+
+
+def count_sampled(run: StageRun, model: LanguageModel, rollouts: Sequence[Rollout], group_size: int) -> None:
+    """Meter completion tokens as sampled and each group's prompt once as prefilled."""
+    parameters = model.num_parameters
+    run.meter.add("sampled", sum(len(r.completion_ids) for r in rollouts), parameters)
+    run.meter.add("prefilled", sum(len(r.prompt_ids) for r in rollouts[::group_size]), parameters)
+
+
+def dense_loss(
+    settings: Distill | Warmup, teacher: LanguageModel | None, vocab_size: int, denominator: float, run: StageRun
+) -> Loss:
+    """Exact divergence from the teacher's hidden states, or from stored top-k + tail when `teacher` is None."""
+    kind = settings.divergence if isinstance(settings, Distill) else "forward_kl"
+    beta = (settings.beta if isinstance(settings, Distill) else None) or 0.5
+    if kind not in ("reverse_kl", "forward_kl", "jsd"):
+        raise ValueError(f"{kind} is a policy gradient on drawn tokens, not a divergence over the vocabulary")
+
+    def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
+        with run.meter.timed("scored"):
+            scores = stored_scores(micro, settings.temperature) if teacher is None else hidden_scores(teacher, micro)
+        total, _, metrics = dense_divergence(
+            hidden,
+            head,
+            scores,
+            micro.fields["weights"],
+            kind=kind,
+            beta=beta,
+            vocab_size=vocab_size,
+            temperature=settings.temperature,
+            chunk_tokens=run.execution.chunk_tokens,
+        )
+        return [Term(total, denominator)], metrics
+
+    return loss
+
+
+def teacher_rollouts(
+    settings: TeacherRollouts,
+    *,
+    teacher: LanguageModel,
+    problems: Sequence[Problem],
+    grade: Grade | None,
+    seed: int,
+    run: StageRun,
+) -> list[Rollout]:
+    """The teacher's rollouts on every problem, sampled once, filtered as `settings.keep` says, kept as token ids.
+
+    A second call (after a crash) reads them back. Filtering reveals every answer at step 0.
+    """
+    path = run.directory / "rollouts.jsonl"
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        run.meter.restore(rows[0]["meter"])
+        return [Rollout(**row) for row in rows[1:]]
+    group = settings.rollouts_per_problem
+    sampler = TransformersSampler(teacher, max_tokens=run.execution.sampler_tokens)
+    sampling = Sampling(("teacher", seed), group, settings.max_new_tokens, settings.temperature)
+    with run.meter.timed("sampled"):
+        rollouts = sampler.sample(problems, sampling)
+    count_sampled(run, teacher, rollouts, group)
+    if settings.keep != "all":
+        if grade is None:
+            raise ValueError(f"keep = {settings.keep!r} needs labelled problems and a grader")
+        run.ledger.reveal(0, [p.id for p in problems])
+        with run.meter.timed("graded"):
+            verdicts = grade([(problems[i // group], r.text) for i, r in enumerate(rollouts)])
+        wanted = settings.keep == "correct"
+        rollouts = [r for r, v in zip(rollouts, verdicts, strict=True) if v.correct == wanted]
+        if len(rollouts) < settings.sequences_per_step:
+            raise ValueError(
+                f"only {len(rollouts)} teacher rollouts are {settings.keep}, a step needs "
+                f"{settings.sequences_per_step}: raise rollouts_per_problem or lower sequences_per_step"
+            )
+    header: dict[str, Any] = {"meter": run.meter.state()}
+    checkpoint.write_atomically(path, "".join(json.dumps(row) + "\n" for row in [header, *map(asdict, rollouts)]))
+    return rollouts

@@ -1,0 +1,102 @@
+"""On-policy distillation: the student samples, the frozen teacher scores its tokens, reverse KL pulls it over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headwater.config import Distill
+from headwater.losses.policy import sampled_reverse_kl
+from headwater.losses.projection import token_logprobs
+from headwater.models.language_model import LanguageModel, check_same_tokenizer
+from headwater.rollouts import streams
+from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
+from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.run import StageRun
+from headwater.scoring.log_probs import View, score_tokens
+from headwater.scoring.weights import token_weights
+from headwater.stages.common import check_pool, count_sampled, dense_loss, rollout_metrics
+from headwater.types import Problem
+from headwater.update import AdamW, Loss, Term, learning_rate, update
+
+
+def train(
+    settings: Distill,
+    *,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    problems: Sequence[Problem],
+    seed: int,
+    run: StageRun,
+) -> AdamW:
+    """Train `student` in place on its own rollouts; answers are never looked at, so prompts without any will do.
+
+    The gradient goes through the student's distribution at the visited prefixes and not through the sampling
+    (arXiv:2605.12483, stage 2b). Returns the optimizer, whose masters are the result.
+    Raises ValueError for different tokenizers or too few problems, NonFiniteError as `update` does.
+    """
+    check_pool(problems, settings.problems_per_step, labelled=False)
+    check_same_tokenizer(student, teacher)
+    ex, mesh, per_step = run.execution, run.mesh, settings.problems_per_step
+    sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens)
+    optimizer = AdamW(student, settings.optimizer)
+
+    for step in range(run.restore(optimizer), settings.steps):
+        sampler.load(None, step)
+        drawn = mesh.shard(streams.epoch_order(problems, step * per_step, per_step, "distill", seed))
+        sampling = Sampling(("distill", seed, step), settings.group_size, settings.max_new_tokens, settings.temperature)
+        with run.meter.timed("sampled"):
+            rollouts = sampler.sample(drawn, sampling)
+        count_sampled(run, student, rollouts, settings.group_size)
+
+        batch = Batch.of(rollouts)
+        weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
+        batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
+        denominator = float(mesh.all_sum(torch.tensor(denominator, dtype=torch.float64)))
+        if settings.divergence in ("sampled_token", "sampled_sequence"):
+            with run.meter.timed("scored"):
+                view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
+                batch = batch.with_fields(teacher=score_tokens(teacher, batch, view))
+            loss = sampled_loss(settings, student.vocab_size, denominator, ex.chunk_tokens)
+        else:
+            loss = dense_loss(settings, teacher, student.vocab_size, denominator, run)
+        micros = micro_batches(batch, max_tokens=ex.micro_batch_tokens, device=student.device)
+        with run.meter.timed("trained"), run.guarded():
+            lr = learning_rate(settings.optimizer, step, settings.steps)
+            clip = settings.optimizer.max_grad_norm
+            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
+        run.meter.add("scored", batch.num_tokens, teacher.num_parameters)
+        run.meter.add("trained", batch.num_tokens, student.num_parameters)
+
+        run.log(step, settings.steps, {**rollout_metrics(rollouts), **metrics})
+        run.show(step, rollouts)
+        run.save_if_due(step + 1, settings.steps, optimizer)
+        run.evaluate_if_due(step + 1)
+    return optimizer
+
+
+def sampled_loss(settings: Distill, vocab_size: int, denominator: float, chunk_tokens: int) -> Loss:
+    """Policy gradient of the reverse KL on the drawn tokens: token horizon (discount 0) or the whole sequence."""
+
+    def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
+        logprobs, entropy = token_logprobs(
+            hidden,
+            head,
+            micro.targets,
+            vocab_size=vocab_size,
+            temperature=settings.temperature,
+            chunk_tokens=chunk_tokens,
+        )
+        total, _, metrics = sampled_reverse_kl(
+            logprobs,
+            micro.fields["teacher"],
+            micro.fields["weights"],
+            sequence_ids=micro.sequence_ids,
+            num_sequences=micro.num_sequences,
+            horizon="token" if settings.divergence == "sampled_token" else "sequence",
+        )
+        metrics["policy/entropy"] = (entropy.sum(), torch.tensor(float(len(entropy))))
+        return [Term(total, denominator)], metrics
+
+    return loss

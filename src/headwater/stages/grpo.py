@@ -1,0 +1,255 @@
+"""GRPO: the policy samples groups, a verifier rewards them, the clipped policy gradient follows the group advantage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headwater.config import GRPO, Execution
+from headwater.losses.policy import clipped_policy_gradient, reference_kl
+from headwater.losses.projection import token_logprobs
+from headwater.mesh import Mesh
+from headwater.models.language_model import LanguageModel
+from headwater.rollouts import streams
+from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
+from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.run import StageRun
+from headwater.scoring.advantages import group_advantages
+from headwater.scoring.log_probs import View, score_tokens
+from headwater.scoring.weights import soft_overlong_penalty, token_weights
+from headwater.stages.common import check_pool, count_sampled, rollout_metrics, rows_of
+from headwater.types import Grade, Problem, Rollout, Verdict
+from headwater.update import AdamW, Loss, Term, learning_rate, update
+
+Group = tuple[Problem, list[Rollout], list[Verdict]]
+
+
+def train(
+    settings: GRPO,
+    *,
+    policy: LanguageModel,
+    problems: Sequence[Problem],
+    grade: Grade,
+    seed: int,
+    run: StageRun,
+    reference: LanguageModel | None = None,
+) -> AdamW:
+    """Train `policy` in place on labelled problems; resumes from `run`'s newest checkpoint.
+
+    Every problem whose answer a step used is written to the ledger before the weights change. `reference` is the KL
+    anchor and needed when `settings.kl_coef` > 0. Returns the optimizer, whose masters are the result.
+    Raises ValueError for problems without answers or fewer than a step needs, NonFiniteError as `update` does.
+    """
+    check_pool(problems, settings.problems_per_step, labelled=True)
+    if (reference is not None) != (settings.kl_coef > 0):
+        raise ValueError(
+            f"kl_coef = {settings.kl_coef} and {'a' if reference else 'no'} reference: give both or neither"
+        )
+    ex, mesh = run.execution, run.mesh
+    sampler = TransformersSampler(policy, max_tokens=ex.sampler_tokens)
+    optimizer = AdamW(policy, settings.optimizer)
+
+    for step in range(run.restore(optimizer), settings.steps):
+        sampler.load(None, step)
+        drawn = streams.epoch_order(
+            problems, step * settings.problems_per_step, settings.problems_per_step, "grpo", seed
+        )
+        groups, redrawn = _live_groups(settings, mesh.shard(drawn), problems, sampler, grade, (seed, step), run)
+        run.ledger.reveal(step, mesh.gather([p.id for p, _, _ in groups + redrawn]))
+        batch, rewards = _batch(settings, groups)
+        metrics = _update_epochs(settings, policy, optimizer, batch, reference, step, run)
+
+        rollouts, verdicts = rows_of([g[1] for g in groups]), rows_of([g[2] for g in groups])
+        dead = (rewards.amax(1) == rewards.amin(1)).float()
+        run.log(
+            step,
+            settings.steps,
+            {
+                "reward/mean": float(rewards.mean()),
+                "reward/frac_groups_zero_std": float(dead.mean()),
+                "reward/groups_redrawn": float(len(redrawn)),
+                **rollout_metrics(rollouts, verdicts),
+                **metrics,
+            },
+        )
+        run.show(step, rollouts, verdicts)
+        run.save_if_due(step + 1, settings.steps, optimizer)
+        run.evaluate_if_due(step + 1)
+    return optimizer
+
+
+def policy_loss(settings: GRPO, execution: Execution, vocab_size: int, denominator: float) -> Loss:
+    """The loss of one micro-batch with fields advantages, weights, sampler and, when needed, old and reference."""
+
+    def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
+        fields = micro.fields
+        logprobs, entropy = token_logprobs(
+            hidden,
+            head,
+            micro.targets,
+            vocab_size=vocab_size,
+            temperature=settings.temperature,
+            chunk_tokens=execution.chunk_tokens,
+        )
+        total, _, metrics = clipped_policy_gradient(
+            logprobs,
+            fields["advantages"],
+            fields["weights"],
+            sequence_ids=micro.sequence_ids,
+            num_sequences=micro.num_sequences,
+            old_logprobs=fields.get("old"),
+            sampler_logprobs=fields["sampler"],
+            ratio=settings.ratio,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            sampler_weight_cap=settings.sampler_weight_cap,
+        )
+        terms = [Term(total, denominator)]
+        if "reference" in fields:
+            penalty, _, observed = reference_kl(
+                logprobs,
+                fields["reference"],
+                fields["weights"],
+                old_logprobs=fields.get("old"),
+                estimator=settings.kl_estimator or "reverse",
+            )
+            terms.append(Term(penalty, denominator, settings.kl_coef))
+            metrics |= observed
+        metrics["policy/entropy"] = (entropy.sum(), torch.tensor(float(len(entropy))))
+        return terms, metrics
+
+    return loss
+
+
+def _live_groups(
+    settings: GRPO,
+    drawn: list[Problem],
+    pool: Sequence[Problem],
+    sampler: TransformersSampler,
+    grade: Grade,
+    place: tuple[int, int],
+    run: StageRun,
+) -> tuple[list[Group], list[Group]]:
+    """Groups to train on, and the dead ones that dynamic sampling replaced (DAPO, arXiv:2503.14476, section 3.2).
+
+    What is still dead after the last round stays in the batch, where its advantages are 0.
+    """
+    groups = _sample_groups(settings, drawn, sampler, grade, ("grpo", *place, 0), run)
+    redrawn: list[Group] = []
+    for round_ in range(1, settings.redraws + 1):
+        dead = [g for g in groups if _is_dead(g)]
+        seen = {p.id for p, _, _ in groups + redrawn}
+        fresh = sorted(
+            (p for p in pool if p.id not in seen), key=lambda p: streams.key("redraw", *place, round_, p.id)
+        )[: len(dead)]
+        if not fresh:
+            break
+        replaced, kept_dead = dead[: len(fresh)], dead[len(fresh) :]
+        redrawn += replaced
+        live = [g for g in groups if not _is_dead(g)]
+        groups = live + kept_dead + _sample_groups(settings, fresh, sampler, grade, ("grpo", *place, round_), run)
+    return groups, redrawn
+
+
+def _sample_groups(
+    settings: GRPO,
+    problems: list[Problem],
+    sampler: TransformersSampler,
+    grade: Grade,
+    stream: tuple[object, ...],
+    run: StageRun,
+) -> list[Group]:
+    size = settings.group_size
+    sampling = Sampling(stream, size, settings.max_new_tokens, settings.temperature)
+    with run.meter.timed("sampled"):
+        rollouts = sampler.sample(problems, sampling)
+    count_sampled(run, sampler.model, rollouts, size)
+    with run.meter.timed("graded"):
+        verdicts = grade([(problems[i // size], r.text) for i, r in enumerate(rollouts)])
+    return [
+        (p, rollouts[i * size : (i + 1) * size], verdicts[i * size : (i + 1) * size]) for i, p in enumerate(problems)
+    ]
+
+
+def _is_dead(group: Group) -> bool:
+    return len({v.score for v in group[2]}) == 1
+
+
+def _batch(settings: GRPO, groups: list[Group]) -> tuple[Batch, torch.Tensor]:
+    """Rows with advantages and the sampler's log-probs; and the rewards [problems, group] before any penalty."""
+    rollouts = rows_of([g[1] for g in groups])
+    rewards = torch.tensor([[v.score for v in g[2]] for g in groups])
+    lengths = torch.tensor([len(r.completion_ids) for r in rollouts])
+    credited = rewards
+    if settings.overlong == "penalty":
+        penalty = soft_overlong_penalty(lengths, settings.max_new_tokens, settings.overlong_buffer)
+        credited = rewards + penalty.view_as(rewards)
+    advantages = group_advantages(credited, normalise=settings.advantage).flatten()
+    batch = Batch.of(
+        rollouts,
+        advantages=[a.repeat(int(n)) for a, n in zip(advantages, lengths, strict=True)],
+        sampler=[torch.tensor(r.sampler_logprobs) for r in rollouts],
+        finished=[torch.full((len(r.completion_ids),), r.finished) for r in rollouts],
+    )
+    return batch, rewards
+
+
+def _update_epochs(
+    settings: GRPO,
+    policy: LanguageModel,
+    optimizer: AdamW,
+    batch: Batch,
+    reference: LanguageModel | None,
+    step: int,
+    run: StageRun,
+) -> dict[str, float]:
+    """`updates_per_batch` optimizer steps on disjoint parts of the batch; metrics averaged over them.
+
+    With one update the policy is its own old policy; with more, `old` is the trainer's view before the first of them.
+    """
+    ex = run.execution
+    view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
+    with run.meter.timed("scored"):
+        if settings.updates_per_batch > 1:
+            batch = batch.with_fields(old=score_tokens(policy, batch, view))
+            run.meter.add("scored", batch.num_tokens, policy.num_parameters)
+        if reference is not None:
+            batch = batch.with_fields(reference=score_tokens(reference, batch, view))
+            run.meter.add("scored", batch.num_tokens, reference.num_parameters)
+    lr = learning_rate(settings.optimizer, step, settings.steps)
+    observed: list[dict[str, float]] = []
+    with run.meter.timed("trained"), run.guarded():
+        for part in _parts(batch, settings):
+            part, denominator = weigh(part, settings, run.mesh)
+            micros = micro_batches(part, max_tokens=ex.micro_batch_tokens, device=policy.device)
+            loss = policy_loss(settings, ex, policy.vocab_size, denominator)
+            observed.append(
+                update(
+                    policy,
+                    optimizer,
+                    micros,
+                    loss,
+                    lr=lr,
+                    max_grad_norm=settings.optimizer.max_grad_norm,
+                    mesh=run.mesh,
+                )
+            )
+            run.meter.add("trained", part.num_tokens, policy.num_parameters)
+    return {name: sum(m[name] for m in observed) / len(observed) for name in observed[0]}
+
+
+def weigh(batch: Batch, settings: GRPO, mesh: Mesh) -> tuple[Batch, float]:
+    """The batch with its token weights, and their denominator over all ranks."""
+    lengths = torch.tensor(batch.lengths)
+    keep = torch.tensor([bool(f.all()) for f in batch.fields["finished"]]) if settings.overlong == "mask" else None
+    limit = settings.max_new_tokens if settings.aggregate == "constant" else None
+    weights, denominator = token_weights(lengths, settings.aggregate, limit, keep=keep)
+    total = float(mesh.all_sum(torch.tensor(denominator, dtype=torch.float64)))
+    return batch.with_fields(weights=list(weights.split(batch.lengths))), total
+
+
+def _parts(batch: Batch, settings: GRPO) -> list[Batch]:
+    """Disjoint parts of whole groups, dealt out in turn."""
+    count = settings.updates_per_batch
+    return [batch.take([r for r in range(len(batch)) if (r // settings.group_size) % count == i]) for i in range(count)]

@@ -1,0 +1,205 @@
+"""Run one specification: load what it names, hand it to its loop, write the result. Runs in any process."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwater import assets, spec
+from headwater.config import GRPO, SFT, Distill, Execution, Warmup
+from headwater.evals.evaluate import evaluate
+from headwater.grading.pool import GraderPool
+from headwater.mesh import join
+from headwater.meter import Meter
+from headwater.models.gguf import convert_gguf
+from headwater.models.language_model import LanguageModel, load_model
+from headwater.run import OnLog, StageRun, lease, save_model, set_deterministic
+from headwater.spec import EvaluationSpec, ModelRef, Problems, StageSpec
+from headwater.stages import distill, grpo, sft, warmup
+from headwater.store import Store
+from headwater.tasks import load_task
+from headwater.tasks.pool import draw_pool, half, pool_digest
+from headwater.types import Problem
+from headwater.update import AdamW
+
+
+@dataclass(frozen=True)
+class Job:
+    """A specification and how to execute it; `monitor` is what a stage evaluates every `eval_every` steps."""
+
+    spec: StageSpec | EvaluationSpec
+    execution: Execution
+    monitor: EvaluationSpec | None = None
+
+    def to_json(self) -> str:
+        parts = {"spec": self.spec, "execution": self.execution, "monitor": self.monitor}
+        return json.dumps({name: part and part.model_dump(mode="json") for name, part in parts.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        raw = json.loads(text)
+        monitor = raw["monitor"] and EvaluationSpec.model_validate(raw["monitor"])
+        return cls(spec.parse(json.dumps(raw["spec"])), Execution.model_validate(raw["execution"]), monitor or None)
+
+
+def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
+    """Bring a node to its end: a finished one is left alone, a half-finished one resumes.
+
+    Raises BlockingIOError when another process holds it, ValueError for what the user can mend.
+    """
+    key = spec.key(job.spec)
+    directory = store.path(key)
+    with lease(directory):
+        if store.is_done(key):
+            return
+        set_deterministic(job.execution.threads)
+        (directory / "spec.json").write_text(job.to_json(), encoding="utf-8")
+        outcome = {"key": key, "label": job.spec.label, "execution": job.execution.model_dump(mode="json")}
+        outcome["environment"] = environment()
+        if isinstance(job.spec, EvaluationSpec):
+            outcome |= _evaluate(job.spec, job.execution, store, directory)
+        else:
+            outcome |= _train(job, store, directory, on_log)
+        store.finish(key, outcome)
+
+
+def select(problems: Problems) -> list[Problem]:
+    """The problems a specification names; ValueError when the data are no longer what the study was planned on."""
+    pool = draw_pool(load_task(problems.task).problems(problems.split), problems.count, problems.seed)
+    chosen = half(pool, problems.part)
+    if not problems.labelled:
+        chosen = [p.unlabelled() for p in chosen]
+    if pool_digest(chosen, labelled=problems.labelled) != problems.digest:
+        raise ValueError(
+            f"the data of task {problems.task.get('name')!r} changed since the study was planned: run it anew"
+        )
+    return chosen
+
+
+def open_model(ref: ModelRef, store: Store, execution: Execution, *, trained: bool = False) -> LanguageModel:
+    """The model behind a reference, from the store or from its source."""
+    directory = store.model(ref.stage) if ref.stage is not None else model_directory(ref.config.source)
+    return load_model(
+        ref.config,
+        directory,
+        device=execution.device,
+        trained=trained,
+        checkpoint_activations=trained and execution.gradient_checkpointing,
+    )
+
+
+def model_directory(source: str) -> Path:
+    """A model source as a Hugging Face directory; GGUF files are converted once."""
+    path = assets.fetch(source)
+    return convert_gguf(path) if path.is_file() else path
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a number was made with."""
+    packages = ("headwater", "torch", "transformers", "reasoning-gym", "math-verify")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _grader(grader: str, execution: Execution) -> GraderPool:
+    return GraderPool(
+        grader,
+        workers=execution.grader_workers,
+        timeout_s=execution.grader_timeout_s,
+        memory_mb=execution.grader_memory_mb,
+    )
+
+
+def _evaluate(node: EvaluationSpec, execution: Execution, store: Store, directory: Path) -> dict[str, Any]:
+    problems = select(node.problems)
+    model = open_model(node.start, store, execution)
+    meter = Meter()
+    with _grader(node.grader, execution) as pool:
+        result = evaluate(
+            node.settings,
+            model=model,
+            problems=problems,
+            grade=pool.grade,
+            seed=node.seed,
+            meter=meter,
+            max_tokens=execution.sampler_tokens,
+            directory=directory,
+        )
+    return {"result": result, "meter": meter.state()}
+
+
+def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dict[str, Any]:
+    node, execution = job.spec, job.execution
+    assert isinstance(node, StageSpec)
+    problems = select(node.problems)
+    policy = open_model(node.start, store, execution, trained=True)
+    graders = [_grader(node.grader, execution)] if node.grader else []
+    monitor_pool = [_grader(job.monitor.grader, execution)] if job.monitor and execution.eval_every else []
+    run = StageRun(
+        directory,
+        execution=execution,
+        mesh=join(execution.device),
+        on_log=on_log,
+        evaluate=_monitor(job.monitor, policy, monitor_pool[0]) if job.monitor and monitor_pool else None,
+    )
+    try:
+        optimizer = _dispatch(node, policy, problems, graders, store, run)
+    finally:
+        for pool in graders + monitor_pool:
+            pool.close()
+    save_model(policy, optimizer, store.model(spec.key(node)))
+    return {"meter": run.meter.state(), "revealed": run.ledger.revealed, "distinct": len(run.ledger.problems)}
+
+
+def _dispatch(
+    node: StageSpec,
+    policy: LanguageModel,
+    problems: list[Problem],
+    graders: list[GraderPool],
+    store: Store,
+    run: StageRun,
+) -> AdamW:
+    grade = graders[0].grade if graders else None
+    teacher = open_model(node.teacher, store, run.execution) if node.teacher else None
+    match node.settings:
+        case GRPO() as settings:
+            assert grade is not None
+            reference = open_model(node.start, store, run.execution) if settings.kl_coef else None
+            return grpo.train(
+                settings, policy=policy, problems=problems, grade=grade, seed=node.seed, run=run, reference=reference
+            )
+        case Warmup() as settings:
+            assert teacher is not None
+            return warmup.train(
+                settings, student=policy, teacher=teacher, problems=problems, seed=node.seed, run=run, grade=grade
+            )
+        case Distill() as settings:
+            assert teacher is not None
+            return distill.train(settings, student=policy, teacher=teacher, problems=problems, seed=node.seed, run=run)
+        case SFT() as settings:
+            return sft.train(
+                settings, student=policy, problems=problems, seed=node.seed, run=run, teacher=teacher, grade=grade
+            )
+
+
+def _monitor(monitor: EvaluationSpec, policy: LanguageModel, pool: GraderPool):
+    problems = select(monitor.problems)
+
+    def observe(done: int) -> dict[str, float]:
+        result = evaluate(
+            monitor.settings, model=policy, problems=problems, grade=pool.grade, seed=monitor.seed, meter=Meter()
+        )
+        styles = {f"style/{name}": row["share"] for name, row in result["styles"].items()}
+        return {"eval/avg@k": result["avg@k"], "eval/truncated": result["truncated"], **styles}
+
+    return observe

@@ -1,0 +1,70 @@
+"""Forward-KL warmup: the frozen teacher's rollouts, sampled once, and its distributions on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headwater.config import Warmup
+from headwater.models.language_model import LanguageModel, check_same_tokenizer
+from headwater.rollouts import streams
+from headwater.rollouts.batch import Batch, micro_batches
+from headwater.run import StageRun
+from headwater.scoring.log_probs import View, top_k_scores
+from headwater.scoring.weights import token_weights
+from headwater.stages.common import check_pool, dense_loss, rollout_metrics, teacher_rollouts
+from headwater.types import Grade, Problem
+from headwater.update import AdamW, learning_rate, update
+
+
+def train(
+    settings: Warmup,
+    *,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    problems: Sequence[Problem],
+    seed: int,
+    run: StageRun,
+    grade: Grade | None = None,
+) -> AdamW:
+    """Train `student` in place towards the teacher's distributions on the teacher's own prefixes (arXiv:2605.12483,
+    stage 2a).
+
+    Answers are looked at only when `settings.keep` filters, which needs `grade`. Returns the optimizer, whose masters
+    are the result. Raises ValueError for different tokenizers or too few rollouts, NonFiniteError as `update` does.
+    """
+    check_pool(problems, 1, labelled=settings.keep != "all")
+    check_same_tokenizer(student, teacher)
+    ex, mesh, per_step = run.execution, run.mesh, settings.sequences_per_step
+    optimizer = AdamW(student, settings.optimizer)
+    first = run.restore(optimizer)
+    rollouts = teacher_rollouts(settings, teacher=teacher, problems=problems, grade=grade, seed=seed, run=run)
+    pool = Batch.of(rollouts)
+    if settings.stored_top_k:
+        view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
+        with run.meter.timed("scored"):
+            pool = top_k_scores(teacher, pool, settings.stored_top_k, view)
+
+    for step in range(first, settings.steps):
+        rows = mesh.shard(streams.epoch_order(range(len(pool)), step * per_step, per_step, "warmup", seed))
+        batch = pool.take(rows)
+        weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
+        batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
+        denominator = float(mesh.all_sum(torch.tensor(denominator, dtype=torch.float64)))
+        loss = dense_loss(settings, None if settings.stored_top_k else teacher, student.vocab_size, denominator, run)
+        micros = micro_batches(batch, max_tokens=ex.micro_batch_tokens, device=student.device)
+        with run.meter.timed("trained"), run.guarded():
+            lr = learning_rate(settings.optimizer, step, settings.steps)
+            clip = settings.optimizer.max_grad_norm
+            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
+        run.meter.add("trained", batch.num_tokens, student.num_parameters)
+        if not settings.stored_top_k:
+            run.meter.add("scored", batch.num_tokens, teacher.num_parameters)
+
+        shown = [rollouts[r] for r in rows]
+        run.log(step, settings.steps, {**rollout_metrics(shown), **metrics})
+        run.show(step, shown)
+        run.save_if_due(step + 1, settings.steps, optimizer)
+        run.evaluate_if_due(step + 1)
+    return optimizer

@@ -1,0 +1,240 @@
+"""Arms to nodes: which stages and evaluations a recipe needs, each once, in an order that respects their parents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from headwater import assets, spec
+from headwater.config import GRPO, SFT, Arm, Distill, ModelConfig, Recipe, TeacherRollouts, arm_stages
+from headwater.spec import REVISIONS, EvaluationSpec, ModelRef, Problems, StageSpec
+from headwater.tasks import load_task
+from headwater.tasks.pool import draw_pool, half, pool_digest
+from headwater.tasks.splits import check_disjoint
+from headwater.types import Problem, Task
+
+Part = Literal["all", "first", "second"]
+
+
+@dataclass
+class Graph:
+    """Nodes by key in topological order; which of them each arm and model row is made of.
+
+    `arms[name][seed]` are the keys of the arm's stages, the last one its student. `evals[(model, evaluation, seed)]` is
+    an evaluation's key, where `model` is a stage's key, "student" or "teacher" (the untrained ones).
+    """
+
+    nodes: dict[str, StageSpec | EvaluationSpec] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    arms: dict[str, dict[int, list[str]]] = field(default_factory=dict)
+    teachers: dict[str, None] = field(default_factory=dict)
+    evals: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    monitors: dict[int, EvaluationSpec] = field(default_factory=dict)
+    requested: int = 0
+    """Stages that the arms would train if nothing were shared."""
+
+    def add(self, node: StageSpec | EvaluationSpec, title: str) -> str:
+        key = spec.key(node)
+        self.nodes.setdefault(key, node)
+        self.titles.setdefault(key, title)
+        return key
+
+    @cached_property
+    def stages(self) -> list[str]:
+        return [key for key, node in self.nodes.items() if isinstance(node, StageSpec)]
+
+
+def plan(recipe: Recipe, *, offline: bool = False) -> Graph:
+    """The graph of a recipe. Reads the task's data, no model weights; `offline` tolerates sources that cannot be read.
+
+    Raises ValueError before anything is trained: too little data, training problems among the evaluation's, an arm over
+    its budget of reveals, a missing file.
+    """
+    return _Planner(recipe, offline).graph
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, offline: bool) -> None:
+        self.recipe, self.offline, self.graph = recipe, offline, Graph()
+        self.task = load_task(recipe.task)
+        self._data: dict[tuple[str, str], Sequence[Problem]] = {}
+        self._models: dict[str, ModelRef] = {role: self._ref(model) for role, model in recipe.models.items()}
+        self._check_data()
+        for name, arm in recipe.arms.items():
+            _check_budget(recipe, name, arm)
+            for seed in recipe.seeds:
+                self.graph.arms.setdefault(name, {})[seed] = self._arm(name, arm, seed)
+        self._evaluations()
+
+    def _arm(self, name: str, arm: Arm, seed: int) -> list[str]:
+        stages: list[str] = []
+        upstream: Part = "first" if arm.halves else "all"
+        finish: Part = {"fresh": "second", "replay": "first"}.get(arm.finish, "all")  # pyright: ignore
+        student, teacher = self._models["student"], self._models.get("teacher")
+        for stage in arm_stages(arm):
+            settings = self.recipe.settings(name, stage)
+            of_teacher = stage == "teacher_rl"
+            start = teacher if of_teacher else student
+            assert start is not None
+            sparse = isinstance(settings, GRPO)
+            labelled = sparse or (isinstance(settings, TeacherRollouts) and settings.keep != "all")
+            labelled = labelled or (isinstance(settings, SFT) and settings.tokens == "solutions")
+            part = finish if stage == "student_rl" else upstream
+            node = StageSpec(
+                settings=settings,
+                revision=REVISIONS[settings.method],
+                seed=seed,
+                start=start,
+                teacher=None if sparse else teacher,
+                problems=self._pool(
+                    seed, part, labelled=labelled, unlabelled=not sparse and arm.prompts == "unlabelled"
+                ),
+                grader=self.task.grader if labelled else None,
+            )
+            key = self.graph.add(node, f"{stage}, seed {seed}")
+            self.graph.requested += 1
+            stages.append(key)
+            if of_teacher:
+                teacher = start.model_copy(update={"stage": key})
+                self.graph.teachers[key] = None
+            else:
+                student = start.model_copy(update={"stage": key})
+        return stages
+
+    def _pool(self, seed: int, part: Part, *, labelled: bool, unlabelled: bool) -> Problems:
+        pool = self.recipe.pool
+        split, count = ("unlabelled", pool.unlabelled) if unlabelled else ("train", pool.labels)
+        part = "all" if unlabelled else part
+        problems = half(draw_pool(self._problems(self.recipe.task, split), count, seed), part)
+        return Problems(
+            task=self.recipe.task,
+            split=split,
+            count=count,
+            seed=seed,
+            part=part,
+            labelled=labelled,
+            digest=pool_digest(problems if labelled else [p.unlabelled() for p in problems], labelled=labelled),
+        )
+
+    def _evaluations(self) -> None:
+        recipe = self.recipe
+        for name, settings in recipe.evaluations.items():
+            spec_of_task = settings.task or recipe.task
+            task: Task = load_task(spec_of_task)
+            problems = draw_pool(self._problems(spec_of_task, settings.split), settings.problems, None)
+            seen = Problems(
+                task=spec_of_task,
+                split=settings.split,
+                count=settings.problems,
+                seed=None,
+                digest=pool_digest(problems, labelled=True),
+            )
+            frozen = settings.model_copy(update={"task": None})
+
+            def node(ref: ModelRef, seed: int, seen=seen, frozen=frozen, task=task) -> EvaluationSpec:
+                return EvaluationSpec(
+                    settings=frozen,
+                    revision=REVISIONS["evaluate"],
+                    seed=seed,
+                    start=ref,
+                    problems=seen,
+                    grader=task.grader,
+                )
+
+            for seed in recipe.seeds:
+                for role, ref in self._models.items():
+                    self.graph.evals[role, name, seed] = self.graph.add(
+                        node(ref, seed), f"{name} of base {role}, seed {seed}"
+                    )
+                for stage in self._endpoints(seed):
+                    of = self.graph.nodes[stage]
+                    ref = of.start.model_copy(update={"stage": stage})
+                    title = f"{name} after {self.graph.titles[stage]}"
+                    self.graph.evals[stage, name, seed] = self.graph.add(node(ref, seed), title)
+            if not self.graph.monitors:
+                few = min(recipe.execution.eval_problems, settings.problems)
+                shown = seen.model_copy(update={"count": few, "digest": pool_digest(problems[:few], labelled=True)})
+                for seed in recipe.seeds:
+                    base = node(self._models["student"], seed)
+                    self.graph.monitors[seed] = base.model_copy(update={"problems": shown})
+
+    def _endpoints(self, seed: int) -> list[str]:
+        """Every stage of this seed: endpoints for the arms table, the others to see where an arm gained or lost."""
+        return list(dict.fromkeys(key for arm in self.graph.arms.values() for key in arm[seed]))
+
+    def _problems(self, task: dict[str, Any], split: str) -> Sequence[Problem]:
+        place = (spec.digest(task), split)
+        if place not in self._data:
+            self._data[place] = load_task(task).problems(split)
+        return self._data[place]
+
+    def _check_data(self) -> None:
+        recipe = self.recipe
+        used = ["train"] + (["unlabelled"] if any(a.prompts == "unlabelled" for a in recipe.arms.values()) else [])
+        for name, settings in recipe.evaluations.items():
+            held_out = draw_pool(self._problems(settings.task or recipe.task, settings.split), settings.problems, None)
+            if missing := [p.id for p in held_out if p.answer is None]:
+                raise ValueError(f"evaluation {name!r}: {len(missing)} problems have no answer")
+            for split in used:
+                check_disjoint(self._problems(recipe.task, split), held_out)
+
+    def _ref(self, model: ModelConfig) -> ModelRef:
+        return ModelRef(config=model, fingerprint=fingerprint(model.source, offline=self.offline))
+
+
+def fingerprint(source: str, *, offline: bool = False) -> str:
+    """Digest of a local model's files. `hf:` and `wheel:` sources are known by their name, which pins them."""
+    if source.startswith(("hf:", "wheel:")):
+        return ""
+    try:
+        root = assets.fetch(source)
+    except ValueError:
+        if offline:
+            return ""
+        raise
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    return spec.digest([[str(p.relative_to(root)), _file_digest(p)] for p in files])
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def most_reveals(recipe: Recipe, name: str, arm: Arm) -> int:
+    """Upper bound of the answers an arm reveals in one seed, counting a re-read again."""
+    total = 0
+    for stage in arm_stages(arm):
+        settings = recipe.settings(name, stage)
+        if isinstance(settings, GRPO):
+            total += settings.steps * settings.problems_per_step * (1 + settings.redraws)
+        elif isinstance(settings, TeacherRollouts) and settings.keep != "all":
+            total += recipe.pool.labels
+        elif isinstance(settings, SFT) and settings.tokens == "solutions":
+            total += settings.steps * settings.sequences_per_step
+    return total
+
+
+def _check_budget(recipe: Recipe, name: str, arm: Arm) -> None:
+    size = recipe.pool.labels
+    for stage in arm_stages(arm):
+        settings = recipe.settings(name, stage)
+        available = size // 2 if arm.halves else size
+        if isinstance(settings, Distill) and arm.prompts == "unlabelled":
+            available = recipe.pool.unlabelled
+        needed = settings.problems_per_step if isinstance(settings, GRPO | Distill) else 1
+        if needed > available:
+            raise ValueError(
+                f"arm {name!r}: [stages.{stage}] takes {needed} problems a step, its share of the pool has "
+                f"{available}: lower problems_per_step or raise pool.labels"
+            )
+    limit = recipe.pool.max_reveals
+    if limit is not None and (reveals := most_reveals(recipe, name, arm)) > limit:
+        raise ValueError(
+            f"arm {name!r} would reveal up to {reveals} answers a seed, over pool.max_reveals = {limit}: "
+            "lower steps or problems_per_step, or raise the budget"
+        )

@@ -1,0 +1,196 @@
+"""One optimizer step from micro-batches: one global denominator per loss term, the only backward()."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwater.config import Optimizer
+from headwater.mesh import Mesh
+from headwater.models.language_model import LanguageModel
+from headwater.rollouts.batch import MicroBatch
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (total, count), detached; the reported value is total / count over all micro-batches and ranks."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss term of one micro-batch: its weighted sum, the denominator of the whole batch over all ranks, a
+    coefficient."""
+
+    total: Float[Tensor, ""]
+    denominator: float
+    coef: float = 1.0
+
+
+Loss = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "vocab hidden"], MicroBatch], tuple[list[Term], Metrics]]
+"""Hidden states that predict the targets, the LM head, the micro-batch -> loss terms and metrics."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite; `micro_batches` are what the step saw."""
+
+    def __init__(self, message: str, micro_batches: Sequence[MicroBatch]) -> None:
+        super().__init__(message)
+        self.micro_batches = list(micro_batches)
+
+
+class AdamW:
+    """torch's AdamW over float32 masters of the trainable weights.
+
+    A float32 model's weights are their own masters. A model that computes in bfloat16 (load it in float32: rounding
+    happens here) has its gradients added to the masters' in float32 as soon as they exist, and every step rounded back.
+    Weight decay acts on matrices only, not on norms and biases.
+    """
+
+    def __init__(self, model: LanguageModel, settings: Optimizer) -> None:
+        dtype = getattr(torch, model.config.dtype)
+        self.weights = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        self.masters = {name: _master(weight, dtype) for name, weight in self.weights.items()}
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.inner = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True
+        )
+
+    def step(self, lr: float) -> None:
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+        self.zero()
+        self._round()
+
+    def zero(self) -> None:
+        self.inner.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Flat tensors: `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
+        out = {f"master.{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            out |= {f"{slot}.{name}": value for slot, value in self.inner.state.get(master, {}).items()}
+        return out
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            master.copy_(state[f"master.{name}"])
+            slots = {s: state[f"{s}.{name}"] for s in ("step", "exp_avg", "exp_avg_sq") if f"{s}.{name}" in state}
+            if slots:
+                on_device = {
+                    s: v if s == "step" and not master.is_cuda else v.to(master.device) for s, v in slots.items()
+                }
+                self.inner.state[master] = on_device
+        self._round()
+
+    def unround(self) -> None:
+        """Make the model's weights the float32 masters themselves: the end of training."""
+        for name, weight in self.weights.items():
+            weight.data = self.masters[name].data
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, weight in self.weights.items():
+            if weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
+
+
+def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
+    """Rate of step 0..steps-1: linear warm-up to `lr`, then constant, linear or cosine to 0 at `steps`."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return settings.lr * (1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def update(
+    model: LanguageModel,
+    optimizer: AdamW,
+    micro_batches: Sequence[MicroBatch],
+    loss: Loss,
+    *,
+    lr: float,
+    max_grad_norm: float,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Gradient of sum_terms coef x (sum over all micro-batches and ranks) / denominator, clipped by global norm, then
+    one step.
+
+    The result does not depend on how rows were cut into micro-batches. Without any trained token the weights stay as
+    they are.
+    Raises NonFiniteError, before the weights change, when a loss or the gradient is not finite.
+    """
+    metrics: Metrics = {}
+    # Activation checkpointing is active in train mode only; sampling needs eval mode, for its cache.
+    model.module.train(model.checkpoint_activations)
+    value = torch.zeros((), dtype=torch.float64)
+    for micro in micro_batches:
+        hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
+        terms, observed = loss(hidden, model.head, micro)
+        total = sum((t.coef / t.denominator * t.total for t in terms if t.denominator > 0), hidden.sum() * 0.0)
+        if not bool(torch.isfinite(total)):
+            optimizer.zero()
+            raise NonFiniteError(f"the loss is {float(total)}", [micro])
+        total.backward()
+        value += total.detach().double().cpu()
+        metrics = _add(metrics, observed)
+    model.module.eval()
+    grads = [m.grad for m in optimizer.masters.values() if m.grad is not None]
+    for grad in grads:
+        grad.copy_(mesh.all_sum(grad))
+    norm = (
+        torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        if grads
+        else torch.zeros(())
+    )
+    if not bool(torch.isfinite(norm)):
+        optimizer.zero()
+        raise NonFiniteError(f"the gradient norm is {float(norm)}", micro_batches)
+    if float(norm) > max_grad_norm:
+        for grad in grads:
+            grad.mul_(max_grad_norm / float(norm))
+    if grads:
+        optimizer.step(lr)
+    reduced = {name: (mesh.all_sum(total), mesh.all_sum(count)) for name, (total, count) in sorted(metrics.items())}
+    return {
+        **{name: float(total / count) if float(count) else math.nan for name, (total, count) in reduced.items()},
+        "optim/loss": float(mesh.all_sum(value)),
+        "optim/grad_norm": float(norm),
+        "optim/lr": lr,
+    }
+
+
+def _add(metrics: Metrics, observed: Metrics) -> Metrics:
+    out = dict(metrics)
+    for name, (total, count) in observed.items():
+        total, count = total.detach().double().cpu(), count.detach().double().cpu()
+        if name in out:
+            total, count = out[name][0] + total, out[name][1] + count
+        out[name] = (total, count)
+    return out
+
+
+def _master(weight: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
+    """The weight itself, or a float32 copy of one that is rounded to `dtype` in place and hands over its gradients."""
+    if weight.dtype == torch.float64 or dtype == torch.float32:
+        return weight
+    master = torch.nn.Parameter(weight.detach().float().clone())
+    weight.data = weight.data.to(dtype)
+
+    def collect(param: Tensor) -> None:
+        assert param.grad is not None
+        gradient = param.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        param.grad = None
+
+    weight.register_post_accumulate_grad_hook(collect)
+    return master
