@@ -28,11 +28,11 @@ def load_task(spec: Mapping[str, object]) -> Task:
         case "reasoning-gym", ":", data_set if data_set:
             from headwater.tasks import procedural
 
-            return procedural.load(data_set, rest)
+            return procedural.load(data_set, rest)  # type: ignore[return-value]
         case "jsonl" | "parquet" | "hub" as kind, "", "":
             from headwater.tasks import table
 
-            return table.load(kind, rest)
+            return table.load(kind, rest)  # type: ignore[return-value]
     raise ValueError(f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet' or 'hub'")
 
 
