@@ -276,6 +276,15 @@ def test_topk_keeps_the_tail_from_draining():
     assert loss(drained) == pytest.approx(expected, abs=1e-4) and expected > 1
 
 
+def test_an_exhausted_tail_counts_as_1e_7():
+    # The k tokens already sum to 1; the student has 0.2 elsewhere: 0.8 log(0.4/0.5) + 0.2 log(0.2/1e-7)
+    one, teacher = torch.ones(1, 1), TopKScores(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]).log())
+    head = torch.tensor([0.4, 0.4, 0.1, 0.1]).log()[:, None].requires_grad_()
+    total = dense_divergence(one, head, teacher, torch.ones(1), kind="reverse_kl", vocab_size=4)[0]
+    assert total.item() == pytest.approx(0.8 * math.log(0.8) + 0.2 * math.log(2e6), abs=1e-5)
+    assert torch.autograd.grad(total, head)[0].isfinite().all()
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
