@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from headwater.config import Recipe, load_recipe
 from headwater.report.terminal import Progress, dry_run, print_results
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: --set pool.labels=64", metavar="KEY=VALUE")

@@ -185,7 +185,8 @@ class Evaluation(Frozen):
 class Arm(Frozen):
     """A chain of stages ending in a student, as a point on three axes."""
 
-    teacher: Literal["none", "raw", "rl"]
+    teacher: Literal["none", "raw", "rl", "given"]
+    """`rl`: trained here with GRPO; `raw`: as it comes; `given`: as it comes, and somebody's reward-trained teacher."""
     bridge: Literal["none", "full", "opd", "warmup", "sft"] = "none"
     finish: Literal["none", "fresh", "replay", "full"] = "none"
     """Student GRPO: on the second half of the pool, again on the first half, or on the whole pool."""
@@ -241,8 +242,8 @@ class Execution(Frozen):
     grader_timeout_s: float = Field(default=5.0, gt=0)
     grader_memory_mb: int = Field(default=2048, ge=64)
     gradient_checkpointing: bool = False
-    sharded: bool = False
-    """Shard weights, gradients and optimizer state over the ranks of a torchrun job (FSDP2)."""
+    spread_teacher: bool = False
+    """Lay a frozen teacher's layers out over all visible GPUs (needs accelerate: `pip install headwater[gguf]`)."""
 
     @field_validator("executor")
     @classmethod

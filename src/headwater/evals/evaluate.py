@@ -37,7 +37,8 @@ def evaluate(
 
     Returns `{"avg@k", "k", "num_problems", "pass@k": {k: x}, "parsed", "truncated", "reasons", "styles",
     "per_problem"}`; `per_problem[i]` is the share of right samples of problem i. With a `directory`, finished batches
-    of 64 problems are kept there and an interrupted evaluation goes on after them. Random numbers depend on (seed, problem, sample) alone.
+    of 64 problems are kept there and an interrupted evaluation goes on after them. Random numbers depend on (seed,
+    problem, sample) alone.
     """
     rows: list[dict[str, Any]] = []
     path = directory / "samples.jsonl" if directory else None

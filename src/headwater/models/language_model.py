@@ -55,7 +55,8 @@ class LanguageModel:
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+        out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+        return out.to(ids.device)
 
     @property
     def base(self) -> torch.nn.Module:
@@ -90,18 +91,22 @@ def load_model(
     device: str = "cpu",
     trained: bool = False,
     checkpoint_activations: bool = False,
+    spread: bool = False,
 ) -> LanguageModel:
     """Load a Hugging Face directory (or a snapshot of one).
 
-    A frozen model is loaded in `config.dtype`; one to be trained in float32, from which `update.AdamW` takes its
-    masters.
+    A frozen model is loaded in `config.dtype` and, with `spread`, laid out over all GPUs; one to be trained in float32,
+    from which `update.AdamW` takes its masters.
     Raises ValueError when the tokenizer has no template, no end token, or more tokens than the model has rows, and when
     the logits are not `hidden @ head.T` (a soft-cap or a bias the losses would miss).
     """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     dtype = torch.float32 if trained else getattr(torch, config.dtype)
-    module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
-    module = module.to(torch.device(device)).eval().requires_grad_(trained)  # pyright: ignore[reportArgumentType]
+    placed = {"device_map": "auto"} if spread else {}
+    module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **placed)
+    if not spread:
+        module = module.to(torch.device(device))  # pyright: ignore[reportArgumentType] -- typed for modules of its own
+    module = module.eval().requires_grad_(trained)
     if checkpoint_activations:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     return replace(wrap(module, tokenizer, config), checkpoint_activations=checkpoint_activations)

@@ -114,12 +114,14 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
     """Models, arms and comparisons with intervals, labels, tokens and seconds."""
     for name, settings in recipe.evaluations.items():
         table = Table(
-            "", f"avg@{settings.samples}", "95 % interval", "labels", "reveals", "tokens", "seconds",
+            "", f"avg@{settings.samples} [95 %]", "labels", "reveals", "tokens", "seconds",
             title=f"{name}: {settings.problems} problems, {len(recipe.seeds)} seeds, mean over seeds",
         )  # fmt: skip
         for row in found["models"].values():
             if "summary" in row:
-                table.add_row(row.get("of", row["role"]), *_interval(row["summary"][name]), "", "", "", "")
+                table.add_row(
+                    f"{row['role']} ({row['of']})" if "of" in row else row["role"], _interval(row["summary"][name])
+                )
         for arm, row in found["arms"].items():
             bills = list(row["seeds"].values())
             mean = {
@@ -128,7 +130,7 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
                 "tokens": sum(sum(b["cost"]["tokens"].values()) for b in bills) / len(bills),
                 "seconds": sum(b["cost"]["seconds"] for b in bills) / len(bills),
             }
-            table.add_row(arm, *_interval(row["summary"][name]), *(f"{v:,.0f}" for v in mean.values()), style="bold")
+            table.add_row(arm, _interval(row["summary"][name]), *(f"{v:,.0f}" for v in mean.values()), style="bold")
         console.print(table)
     for row in found["comparisons"]:
         low, high = row["ci95"]
@@ -144,6 +146,6 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
     )
 
 
-def _interval(summary: dict[str, Any]) -> tuple[str, str]:
+def _interval(summary: dict[str, Any]) -> str:
     low, high = summary["ci95"]
-    return f"{summary['mean']:.3f}", f"{low:.3f} to {high:.3f}"
+    return f"{summary['mean']:.3f} [{low:.3f}, {high:.3f}]"

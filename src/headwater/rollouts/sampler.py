@@ -94,7 +94,7 @@ class TransformersSampler:
         for position in range(limit):
             uniform = streams.uniforms(keys[alive], np.full(len(alive), position))
             token, logprob = draw(
-                hidden @ model.head.T.to(hidden.dtype),
+                hidden @ model.head.T.to(hidden),
                 torch.from_numpy(uniform).to(device),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -197,4 +197,4 @@ def _pad_left(prompts: list[list[int]], extra: int, device: torch.device) -> tup
 def _forward(model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
     """Last hidden state of the last position, extending the cache."""
     out = model.base(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    return out[0][:, -1]
+    return out[0][:, -1].to(ids.device)

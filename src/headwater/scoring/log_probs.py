@@ -23,9 +23,7 @@ class View:
 
 
 @torch.no_grad()
-def score_tokens(
-    model: LanguageModel, batch: Batch, view: View
-) -> list[Tensor]:
+def score_tokens(model: LanguageModel, batch: Batch, view: View) -> list[Tensor]:
     """Log-probs of every row's completion tokens under `model`: float32, one tensor [tokens] per row."""
     parts: list[tuple[MicroBatch, Tensor]] = []
     for micro in micro_batches(batch, max_tokens=view.max_tokens, device=model.device):
@@ -45,7 +43,9 @@ def score_tokens(
 @torch.no_grad()
 def hidden_scores(teacher: LanguageModel, micro: MicroBatch) -> HiddenScores:
     """The teacher's distributions on the micro-batch's tokens, as hidden states and LM head (never logits)."""
-    return HiddenScores(teacher.hidden(micro.ids, micro.attention_mask)[micro.predicts], teacher.head)
+    return HiddenScores(
+        teacher.hidden(micro.ids, micro.attention_mask)[micro.predicts], teacher.head.to(micro.ids.device)
+    )
 
 
 @torch.no_grad()

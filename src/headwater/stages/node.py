@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from headwater import assets, spec
 from headwater.config import GRPO, SFT, Distill, Execution, Warmup
@@ -59,6 +60,7 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
         if store.is_done(key):
             return
         set_deterministic(job.execution.threads)
+        transformers.utils.logging.disable_progress_bar()
         (directory / "spec.json").write_text(job.to_json(), encoding="utf-8")
         outcome = {"key": key, "label": job.spec.label, "execution": job.execution.model_dump(mode="json")}
         outcome["environment"] = environment()
@@ -91,6 +93,7 @@ def open_model(ref: ModelRef, store: Store, execution: Execution, *, trained: bo
         device=execution.device,
         trained=trained,
         checkpoint_activations=trained and execution.gradient_checkpointing,
+        spread=not trained and execution.spread_teacher,
     )
 
 

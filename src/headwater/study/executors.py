@@ -36,7 +36,7 @@ class NodeFailed(RuntimeError):
 
 
 def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: OnEvent) -> None:
-    """Run all nodes that are not done, parents first. Raises NodeFailed when one fails, once the others at work ended."""
+    """Run all nodes that are not done, parents first. Raises NodeFailed when one fails, after the others end."""
     waiting = {key: job for key, job in jobs.items() if not store.is_done(key)}
     if not waiting:
         return
