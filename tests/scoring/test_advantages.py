@@ -18,8 +18,9 @@ def test_mean_only_centres():
 
 @pytest.mark.parametrize("normalise", ["std", "mean"])
 def test_dead_groups_are_exactly_zero(normalise):
-    # 0.1 and 0.7 are not representable: their float mean over three differs from them in the last bit
-    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.7, 0.7, 0.7], [1.0, 0.0, 1.0]])
+    # In float32 the mean of eight times 0.3 is not 0.3: without the exact test the advantage would be 0.03
+    rewards = torch.tensor([[0.3] * 8, [0.7] * 8, [1.0, 0.0] * 4])
+    assert (rewards[0] - rewards[0].mean()).ne(0).any()
     advantages = group_advantages(rewards, normalise=normalise)
     assert advantages[:2].eq(0).all() and advantages[2].ne(0).all()
 
