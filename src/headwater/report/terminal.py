@@ -96,6 +96,8 @@ def dry_run(console: Console, recipe: Recipe, graph: Graph, store: Store) -> Non
         labels = recipe.pool.labels if most_reveals(recipe, name, arm) else 0
         table.add_row(name, "\n".join(marks), str(labels), str(most_reveals(recipe, name, arm)))
     console.print(table)
+    for line in graph.unchecked:
+        console.print(f"not checked here: {line}", markup=False)
     todo = [key for key in graph.nodes if not store.is_done(key)]
     stages = sum(isinstance(graph.nodes[key], StageSpec) for key in todo)
     console.print(

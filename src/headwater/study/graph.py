@@ -34,6 +34,8 @@ class Graph:
     teachers: dict[str, None] = field(default_factory=dict)
     evals: dict[tuple[str, str, int], str] = field(default_factory=dict)
     monitors: dict[int, EvaluationSpec] = field(default_factory=dict)
+    unchecked: list[str] = field(default_factory=list)
+    """What an offline plan could not look at."""
     requested: int = 0
     """Stages that the arms would train if nothing were shared."""
 
@@ -49,7 +51,7 @@ class Graph:
 
 
 def plan(recipe: Recipe, *, offline: bool = False) -> Graph:
-    """The graph of a recipe. Reads the task's data, no model weights; `offline` tolerates sources that cannot be read.
+    """The graph of a recipe. Reads the task's data, no model weights; `offline` tolerates Hub sources that are out of reach.
 
     Raises ValueError before anything is trained: too little data, training problems among the evaluation's, an arm over
     its budget of reveals, a missing file.
@@ -60,7 +62,7 @@ def plan(recipe: Recipe, *, offline: bool = False) -> Graph:
 class _Planner:
     def __init__(self, recipe: Recipe, offline: bool) -> None:
         self.recipe, self.offline, self.graph = recipe, offline, Graph()
-        self.task = load_task(recipe.task)
+        self._tasks: dict[str, Task | None] = {}
         self._data: dict[tuple[str, str], Sequence[Problem]] = {}
         self._models: dict[str, ModelRef] = {role: self._ref(model) for role, model in recipe.models.items()}
         self._check_data()
@@ -93,7 +95,7 @@ class _Planner:
                 problems=self._pool(
                     seed, part, labelled=labelled, unlabelled=not sparse and arm.prompts == "unlabelled"
                 ),
-                grader=self.task.grader if labelled else None,
+                grader=self._grader(self.recipe.task) if labelled else None,
             )
             key = self.graph.add(node, f"{stage}, seed {seed}")
             self.graph.requested += 1
@@ -109,7 +111,7 @@ class _Planner:
         pool = self.recipe.pool
         split, count = ("unlabelled", pool.unlabelled) if unlabelled else ("train", pool.labels)
         part = "all" if unlabelled else part
-        problems = half(draw_pool(self._problems(self.recipe.task, split), count, seed), part)
+        problems = half(self._draw(self.recipe.task, split, count, seed), part)
         return Problems(
             task=self.recipe.task,
             split=split,
@@ -124,8 +126,8 @@ class _Planner:
         recipe = self.recipe
         for name, settings in recipe.evaluations.items():
             spec_of_task = settings.task or recipe.task
-            task: Task = load_task(spec_of_task)
-            problems = draw_pool(self._problems(spec_of_task, settings.split), settings.problems, None)
+            grader = self._grader(spec_of_task)
+            problems = self._draw(spec_of_task, settings.split, settings.problems, None)
             seen = Problems(
                 task=spec_of_task,
                 split=settings.split,
@@ -135,14 +137,14 @@ class _Planner:
             )
             frozen = settings.model_copy(update={"task": None})
 
-            def node(ref: ModelRef, seed: int, seen=seen, frozen=frozen, task=task) -> EvaluationSpec:
+            def node(ref: ModelRef, seed: int, seen=seen, frozen=frozen, grader=grader) -> EvaluationSpec:
                 return EvaluationSpec(
                     settings=frozen,
                     revision=REVISIONS["evaluate"],
                     seed=seed,
                     start=ref,
                     problems=seen,
-                    grader=task.grader,
+                    grader=grader,
                 )
 
             for seed in recipe.seeds:
@@ -166,17 +168,38 @@ class _Planner:
         """Every stage of this seed: endpoints for the arms table, the others to see where an arm gained or lost."""
         return list(dict.fromkeys(key for arm in self.graph.arms.values() for key in arm[seed]))
 
-    def _problems(self, task: dict[str, Any], split: str) -> Sequence[Problem]:
-        place = (spec.digest(task), split)
+    def _task(self, config: dict[str, Any]) -> Task | None:
+        """The task; None when planning offline and it is on the Hub and out of reach."""
+        place = spec.digest(config)
+        if place not in self._tasks:
+            try:
+                self._tasks[place] = load_task(config)
+            except (ValueError, OSError) as error:
+                if not (self.offline and config.get("name") == "hub"):
+                    raise
+                self._tasks[place] = None
+                self.graph.unchecked.append(f"data of {config.get('source')}: {error}")
+        return self._tasks[place]
+
+    def _grader(self, config: dict[str, Any]) -> str:
+        task = self._task(config)
+        return task.grader if task else str(config.get("grader"))
+
+    def _problems(self, config: dict[str, Any], split: str) -> Sequence[Problem]:
+        place = (spec.digest(config), split)
         if place not in self._data:
-            self._data[place] = load_task(task).problems(split)
+            task = self._task(config)
+            self._data[place] = task.problems(split) if task else []
         return self._data[place]
+
+    def _draw(self, config: dict[str, Any], split: str, count: int, seed: int | None) -> list[Problem]:
+        return draw_pool(self._problems(config, split), count, seed) if self._task(config) else []
 
     def _check_data(self) -> None:
         recipe = self.recipe
         used = ["train"] + (["unlabelled"] if any(a.prompts == "unlabelled" for a in recipe.arms.values()) else [])
         for name, settings in recipe.evaluations.items():
-            held_out = draw_pool(self._problems(settings.task or recipe.task, settings.split), settings.problems, None)
+            held_out = self._draw(settings.task or recipe.task, settings.split, settings.problems, None)
             if missing := [p.id for p in held_out if p.answer is None]:
                 raise ValueError(f"evaluation {name!r}: {len(missing)} problems have no answer")
             for split in used:
