@@ -12,7 +12,6 @@ from rich.console import Console
 
 from headwater import __version__
 from headwater.config import Recipe, load_recipe
-from headwater.report.terminal import Progress, dry_run, print_results
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
@@ -73,10 +72,11 @@ def eval_(
     store: StoreDir = None,
 ) -> None:
     """Evaluate a model on a recipe's evaluations; prints JSON."""
-    from headwater.study.run import evaluate_model
-
     with _explained():
-        found = evaluate_model(model, load_recipe(recipe, set_ or []), seed, _store(store))
+        loaded = load_recipe(recipe, set_ or [])
+        from headwater.study.run import evaluate_model
+
+        found = evaluate_model(model, loaded, seed, _store(store))
         typer.echo(json.dumps(found, indent=1))
 
 
@@ -107,6 +107,8 @@ def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], sto
 
 
 def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool) -> None:
+    # Here and not above: --help and a misspelt recipe should not wait for torch.
+    from headwater.report.terminal import Progress, dry_run, print_results
     from headwater.study.graph import plan
     from headwater.study.run import run as run_study
 
@@ -132,12 +134,10 @@ class _explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        from headwater.study.executors import NodeFailed
-
         if isinstance(error, KeyboardInterrupt):
             typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
             raise typer.Exit(130)
-        if isinstance(error, ValueError | OSError | NodeFailed):
+        if isinstance(error, ValueError | OSError | RuntimeError):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1)
         return False

@@ -1,0 +1,141 @@
+"""A study small enough for tests: random models of a few thousand weights, rows in a file, a grader of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GRADER = '''
+from headwater.types import Verdict
+
+
+def grade(completion, problem):
+    """Any text earns something, so that even a random policy has groups with different rewards."""
+    score = sum(c in "0123456789abcdefghijklm" for c in completion) / max(1, len(completion))
+    return Verdict(score > 0.3, True, "correct" if score > 0.3 else "partial", score)
+'''
+RECIPE = """
+name = "miniature"
+seeds = [0]
+
+[models.teacher]
+source = "file:{root}/teacher"
+
+[models.student]
+source = "file:{root}/student"
+
+[task]
+name = "jsonl"
+source = "file:{root}/rows.jsonl"
+prompt_column = "question"
+answer_column = "answer"
+grader = "{root}/grader.py:grade"
+sizes = {{ train = 40, test = 8, tuning = 4 }}
+
+[pool]
+labels = 8
+
+[stages.teacher_rl]
+method = "grpo"
+steps = 2
+problems_per_step = 2
+group_size = 3
+max_new_tokens = 6
+optimizer = {{ lr = 1e-2 }}
+
+[stages.warmup]
+method = "warmup"
+steps = 2
+sequences_per_step = 4
+max_new_tokens = 6
+optimizer = {{ lr = 1e-2 }}
+
+[stages.distill]
+method = "distill"
+steps = 2
+problems_per_step = 2
+group_size = 2
+max_new_tokens = 6
+optimizer = {{ lr = 1e-2 }}
+
+[stages.student_rl]
+method = "grpo"
+steps = 2
+problems_per_step = 2
+group_size = 3
+max_new_tokens = 6
+optimizer = {{ lr = 1e-2 }}
+
+[arms.direct]
+teacher = "none"
+finish = "full"
+
+[arms.bridge]
+teacher = "rl"
+bridge = "full"
+
+[arms.finished]
+teacher = "rl"
+bridge = "full"
+finish = "full"
+
+[evaluations.rows]
+problems = 4
+samples = 2
+max_new_tokens = 6
+
+[[comparisons]]
+a = "bridge"
+b = "direct"
+
+[[comparisons]]
+a = "bridge/teacher_rl"
+b = "base teacher"
+
+[execution]
+threads = 1
+save_every = 1
+grader_timeout_s = 60.0
+"""
+
+
+def world_script() -> ModuleType:
+    name = "pretrain_world"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def write(root: Path) -> Path:
+    """Models, rows, grader and `recipe.toml` under `root`; returns the recipe."""
+    script = world_script()
+    tokenizer = script.build_tokenizer()
+    for seed, (name, rung) in enumerate({"teacher": "48x2", "student": "32x2"}.items()):
+        torch.manual_seed(seed)
+        script.build_model(rung, tokenizer, seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    rows = [f'{{"question": "{a}+{b}*3=", "answer": "{(a + 3 * b) % 20}"}}\n' for a in range(10) for b in range(10)]
+    (root / "rows.jsonl").write_text("".join(rows))
+    (root / "grader.py").write_text(GRADER)
+    (root / "recipe.toml").write_text(RECIPE.format(root=root))
+    return root / "recipe.toml"
+
+
+def without_time(text: str) -> list[str]:
+    """Lines of a metrics file with the clock taken out."""
+    import json
+
+    return [json.dumps({k: v for k, v in json.loads(line).items() if k != "time"}) for line in text.splitlines()]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
