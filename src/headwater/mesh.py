@@ -38,6 +38,14 @@ class Mesh:
         dist.all_reduce(value)
         return value
 
+    def all_max(self, value: Tensor) -> Tensor:
+        """Largest over ranks."""
+        if self.size == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def gather(self, items: list[T]) -> list[T]:
         """The shards of all ranks, undone to the order before `shard`."""
         if self.size == 1:

@@ -16,7 +16,8 @@ from headwater.models.language_model import LanguageModel
 from headwater.rollouts.batch import MicroBatch
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (total, count), detached; the reported value is total / count over all micro-batches and ranks."""
+"""Name -> (total, count), detached; the reported value is total / count over all micro-batches and ranks, or for a name
+that ends in `_max` the largest total."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,9 @@ def update(
             grad.mul_(max_grad_norm / float(norm))
     if grads:
         optimizer.step(lr)
-    reduced = {name: (mesh.all_sum(total), mesh.all_sum(count)) for name, (total, count) in sorted(metrics.items())}
+    reduced = {name: _reduce(name, *metrics[name], mesh) for name in sorted(metrics)}
     return {
-        **{name: float(total / count) if float(count) else math.nan for name, (total, count) in reduced.items()},
+        **reduced,
         "optim/loss": float(mesh.all_sum(value)),
         "optim/grad_norm": float(norm),
         "optim/lr": lr,
@@ -173,10 +174,19 @@ def _add(metrics: Metrics, observed: Metrics) -> Metrics:
     out = dict(metrics)
     for name, (total, count) in observed.items():
         total, count = total.detach().double().cpu(), count.detach().double().cpu()
-        if name in out:
+        if name in out and name.endswith("_max"):
+            total = torch.maximum(out[name][0], total)
+        elif name in out:
             total, count = out[name][0] + total, out[name][1] + count
         out[name] = (total, count)
     return out
+
+
+def _reduce(name: str, total: Tensor, count: Tensor, mesh: Mesh) -> float:
+    if name.endswith("_max"):
+        return float(mesh.all_max(total))
+    total, count = mesh.all_sum(total), mesh.all_sum(count)
+    return float(total / count) if float(count) else math.nan
 
 
 def _master(weight: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:

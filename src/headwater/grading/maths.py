@@ -11,7 +11,7 @@ import re
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from headwater.grading.text import extract_marked, find_numbers
+from headwater.grading.text import extract_marked, last_number
 from headwater.types import Problem, Verdict
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -31,8 +31,8 @@ def grade_maths(completion: str, problem: Problem) -> Verdict:
         raise ValueError(f"problem {problem.id} has no answer to grade against; grade labelled problems only")
     answer = extract_marked(completion)
     if answer is None:
-        numbers = find_numbers(completion)
-        answer = str(numbers[-1]) if numbers else ""
+        number = last_number(completion)
+        answer = "" if number is None else str(number)
     gold, answer = _trim(problem.answer), _trim(answer)
     if not answer or not _balanced(answer):
         return Verdict(False, False, "unparsed", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 from headwater.types import Problem, Verdict
@@ -15,8 +16,9 @@ _NUMBER = re.compile(
     r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:/([0-9]+))?"
 )
-_FRAC = re.compile(r"([0-9])? ?\\[dt]?frac ?(?:\{ ?(-?[0-9]+) ?\} ?\{ ?([0-9]+) ?\}|([0-9])([0-9]))")
+_FRAC = re.compile(r"(?:([0-9]) ?)?\\[dt]?frac ?(?:\{ ?(-?[0-9]+) ?\} ?\{ ?([0-9]+) ?\}|([0-9])([0-9]))")
 _MAX_DIGITS = 60
+_MAX_SPELLINGS = 8  # Of one number: 18, 18.0, $18.00. More are different numbers, or noise.
 _ROUNDED_DECIMALS = 5
 
 
@@ -88,9 +90,22 @@ def find_numbers(text: str) -> list[Fraction]:
 
     Digits that follow a letter or a caret (`x2`, `m^2`) are no numbers, nor is anything of more than 60 digits.
     """
+    return list(_values(_NUMBER.findall(_plain(text))))
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last of `find_numbers`, without working out the others."""
+    return next(_values(reversed(_NUMBER.findall(_plain(text)))), None)
+
+
+def _plain(text: str) -> str:
+    """Numbers as they are typed without LaTeX."""
     text = text.replace("\u2212", "-").replace("\\$", "$").replace("{,}", ",").replace("\\!", "").replace("\\,", "")
-    values = (_value(*match.groups()) for match in _NUMBER.finditer(_FRAC.sub(_plain_fraction, text)))
-    return [value for value in values if value is not None]
+    return _FRAC.sub(_plain_fraction, text)
+
+
+def _values(found: Iterable[tuple[str, ...]]) -> Iterator[Fraction]:
+    return (value for groups in found if (value := _value(*groups)) is not None)
 
 
 def _plain_fraction(match: re.Match[str]) -> str:
@@ -98,8 +113,8 @@ def _plain_fraction(match: re.Match[str]) -> str:
     return f"{whole}{match[2] or match[4]}/{match[3] or match[5]}"
 
 
-def _value(sign: str, whole: str | None, number: str, divisor: str | None) -> Fraction | None:
-    if max(len(whole or ""), len(number), len(divisor or "")) > _MAX_DIGITS or (divisor and int(divisor) == 0):
+def _value(sign: str, whole: str, number: str, divisor: str) -> Fraction | None:
+    if max(len(whole), len(number), len(divisor)) > _MAX_DIGITS or (divisor and int(divisor) == 0):
         return None
     value = Fraction(number.replace(",", "")) / int(divisor or 1) + int(whole or 0)
     return -value if "-" in sign else value
@@ -107,7 +122,8 @@ def _value(sign: str, whole: str | None, number: str, divisor: str | None) -> Fr
 
 def parse_number(answer: str) -> Fraction | None:
     """The number that an answer states: after the last `=` if it has one, and None unless it is exactly one number."""
-    values = set(find_numbers(answer.rpartition("=")[2]))
+    spellings = set(_NUMBER.findall(_plain(answer.rpartition("=")[2])))
+    values = set(_values(spellings)) if len(spellings) <= _MAX_SPELLINGS else set()
     return values.pop() if len(values) == 1 else None
 
 
@@ -122,8 +138,7 @@ def grade_number(completion: str, problem: Problem) -> Verdict:
     if gold is None:
         raise ValueError(f"problem {problem.id} has the answer {problem.answer!r}, which is not one number")
     marked = extract_marked(completion)
-    numbers = find_numbers(completion) if marked is None else []
-    number = parse_number(marked) if marked is not None else numbers[-1] if numbers else None
+    number = last_number(completion) if marked is None else parse_number(marked)
     if number is None:
         return Verdict(False, False, "unparsed", 0.0)
     decimals = len((problem.answer or "").strip().partition(".")[2])

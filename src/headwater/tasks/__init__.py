@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headwater.types import Task
+from headwater.tasks.chains import Chains
+from headwater.tasks.splits import SplitTask
 
 
-def load_task(spec: Mapping[str, object]) -> Task:
-    """The task that a plain mapping describes; `name` says which kind, the other keys are that kind's own.
+def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
+    """The task (`types.Task`) that a plain mapping describes; `name` says which kind, the other keys are that kind's own.
 
     - `chains`: the embedded world's task; `seed`, `sizes` of the splits.
     - `reasoning-gym:DATA_SET`: see `procedural.load`.
@@ -20,19 +21,17 @@ def load_task(spec: Mapping[str, object]) -> Task:
     rest = {key: value for key, value in spec.items() if key != "name"}
     match str(name).partition(":"):
         case "chains", "", "":
-            from headwater.tasks.chains import Chains
-
             rest |= rest.pop("sizes", {})  # type: ignore[arg-type]
             check_keys("chains", rest, {"seed", "train", "tuning", "test", "unlabelled"})
             return Chains(**rest)  # type: ignore[arg-type]
         case "reasoning-gym", ":", data_set if data_set:
             from headwater.tasks import procedural
 
-            return procedural.load(data_set, rest)  # type: ignore[return-value]
+            return procedural.load(data_set, rest)
         case "jsonl" | "parquet" | "hub" as kind, "", "":
             from headwater.tasks import table
 
-            return table.load(kind, rest)  # type: ignore[return-value]
+            return table.load(kind, rest)
     raise ValueError(f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet' or 'hub'")
 
 

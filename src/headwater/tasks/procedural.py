@@ -15,6 +15,13 @@ from headwater.types import Message, Problem, Verdict
 _SIZES = {"train": 1024, "tuning": 128, "test": 256}
 _FRACTIONS = {"test": 0.2, "tuning": 0.1, "train": 0.5, "unlabelled": 0.2}
 _DRAWS_PER_PROBLEM = 16
+# Found in 0.1.25 by grading wrong answers with every data set: what earns this reward is not the task.
+_UNSOUND = {
+    "game_of_life_halting": "its scorer takes every answer that is not empty for True",
+    "coin_flip": "its scorer gives 1 to a prefix of the right probability, as '0'",
+    "puzzle24": "its scorer does not look whether the puzzle's numbers were used",
+    "composite": "it mixes data sets; name the one you want",
+}
 
 
 def load(data_set: str, spec: Mapping[str, Any]) -> SplitTask:
@@ -24,7 +31,8 @@ def load(data_set: str, spec: Mapping[str, Any]) -> SplitTask:
     `system`, `template` (with `{prompt}`), `partial_credit` (False: a score below 1 counts as 0).
 
     Two seeds may draw the same prompts (seed 43 gives what seed 42 gives, shifted by one), yet no prompt can be in
-    different splits of the two. A data set that grades every valid solution has no gold answer; its problems have "".
+    different splits of the two. Answers of several lines need the `<answer>` tags; say so in `system` or `template`. A
+    data set that grades every valid solution has no gold answer; its problems have "".
     Raises ValueError for an unknown data set or setting, and when too few distinct problems turn up.
     """
     check_keys(
@@ -32,6 +40,8 @@ def load(data_set: str, spec: Mapping[str, Any]) -> SplitTask:
         spec,
         {"seed", "config", "sizes", "fractions", "system", "template", "partial_credit"},
     )
+    if data_set in _UNSOUND:
+        raise ValueError(f"reasoning-gym:{data_set} cannot be used: {_UNSOUND[data_set]}")
     sizes, fractions = {**_SIZES, **spec.get("sizes", {})}, spec.get("fractions", _FRACTIONS)
     check_fractions(fractions)
     if not sizes.keys() <= set(SPLITS) or "{prompt}" not in spec.get("template", "{prompt}"):
@@ -95,7 +105,10 @@ def _score(completion: str, problem: Problem) -> float | None:
         return None
     columns: Mapping[str, Any] = problem.columns
     scorer = _create(columns["data_set"], json.dumps(columns["config"], sort_keys=True))
-    return float(scorer.score_answer(answer, _unpack(columns["entry"])))
+    try:
+        return float(scorer.score_answer(answer, _unpack(columns["entry"])))
+    except ValueError:  # Some scorers convert the answer before they look whether it has the right form.
+        return None
 
 
 @functools.lru_cache(maxsize=8)
