@@ -11,38 +11,39 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "headwater"
 FILES = sorted(SOURCE.rglob("*.py"))
 # Top to bottom; a package stands for its modules, which may import each other unless they have a line of their own.
-ORDER = """
-types
-config
-spec
-ledger
-meter
-mesh
-assets
-grading
-tasks
-models
-rollouts
-scoring.scores
-scoring.advantages
-scoring.weights
-losses
-scoring.log_probs
-update
-checkpoint
-store
-run
-evals
-monitors
-stages
-probe
-plan
-doctor
-study
-report
-export
-cli
-""".split()
+ORDER = [
+    "types",
+    "overrides",
+    "config",
+    "spec",
+    "ledger",
+    "meter",
+    "mesh",
+    "assets",
+    "grading",
+    "tasks",
+    "models",
+    "rollouts",
+    "scoring.scores",
+    "scoring.advantages",
+    "scoring.weights",
+    "losses",
+    "scoring.log_probs",
+    "update",
+    "checkpoint",
+    "store",
+    "run",
+    "evals",
+    "monitors",
+    "stages",
+    "probe",
+    "plan",
+    "doctor",
+    "study",
+    "report",
+    "export",
+    "cli",
+]
 
 
 def module_of(path: Path) -> str:

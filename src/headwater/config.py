@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from headwater.overrides import explain, merge, override
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
 
 class Frozen(BaseModel):
     """Values only: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Frozen):
@@ -80,8 +84,8 @@ class GRPO(Method):
     ratio: Literal["token", "sequence"] = "token"
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.2, gt=0)
-    sampler_weight_cap: float | None = 2.0
-    """Cap of the truncated old/sampler weight; unset = no correction."""
+    sampler_weight_cap: float = Field(default=2.0, ge=0)
+    """Cap of the truncated old/sampler weight; 0 = no correction."""
     kl_coef: float = Field(default=0.0, ge=0)
     kl_estimator: Literal["reverse", "k3"] | None = None
     """Unset with a kl_coef means `reverse`; `k3` is the usual k3-as-loss, whose gradient is the *forward* KL's."""
@@ -129,6 +133,14 @@ class SFT(TeacherRollouts):
 
     method: Literal["sft"] = "sft"
     tokens: Literal["teacher", "solutions"] = "teacher"
+
+    @model_validator(mode="after")
+    def _solutions(self) -> SFT:
+        idle = {"keep", "rollouts_per_problem", "temperature"} & self.model_fields_set
+        defaults = {name: SFT.model_fields[name].default for name in idle}
+        if self.tokens == "solutions" and (idle := {n for n in idle if getattr(self, n) != defaults[n]}):
+            raise ValueError(f"{sorted(idle)} are about teacher rollouts, which tokens = 'solutions' does not use")
+        return self
 
 
 class Distill(Method):
@@ -179,6 +191,8 @@ class Evaluation(Frozen):
     def _greedy(self) -> Evaluation:
         if self.temperature == 0 and self.samples != 1:
             raise ValueError(f"temperature = 0 gives {self.samples} equal samples: use samples = 1 or temperature > 0")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise ValueError("top_p and top_k have no effect at temperature = 0: remove them")
         return self
 
 
@@ -203,6 +217,8 @@ class Arm(Frozen):
             raise ValueError("an arm has a teacher if and only if it has a bridge: set both or neither to 'none'")
         if self.bridge == "none" and self.finish != "full":
             raise ValueError("an arm without a bridge is direct GRPO: finish = 'full'")
+        if self.bridge == "none" and (self.split or self.prompts != "pool"):
+            raise ValueError("split and prompts are about a bridge, which this arm does not have: remove them")
         return self
 
     @property
@@ -257,7 +273,7 @@ class Execution(Frozen):
 class Recipe(Frozen):
     """A study: models, one label pool, arms and evaluations."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: Name
     note: str = ""
     """One paragraph for the reader of the results."""
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -265,8 +281,8 @@ class Recipe(Frozen):
     task: dict[str, Any]
     pool: Pool
     stages: dict[Literal["teacher_rl", "warmup", "distill", "sft", "student_rl"], MethodConfig]
-    arms: dict[str, Arm] = Field(min_length=1)
-    evaluations: dict[str, Evaluation] = Field(min_length=1)
+    arms: dict[Name, Arm] = Field(min_length=1)
+    evaluations: dict[Name, Evaluation] = Field(min_length=1)
     comparisons: tuple[Comparison, ...] = ()
     execution: Execution = Execution()
 
@@ -288,17 +304,21 @@ class Recipe(Frozen):
             for stage in arm.overrides:
                 if stage not in needed:
                     raise ValueError(f"arm {name!r} overrides {stage!r}, which it does not run: it runs {needed}")
-                self.settings(name, stage)
+            settings = [self.settings(name, stage) for stage in needed]
             if arm.teacher != "none" and "teacher" not in self.models:
                 raise ValueError(f"arm {name!r} needs [models.teacher]")
             if arm.halves and self.pool.labels < 2:
                 raise ValueError(f"arm {name!r} splits the pool: pool.labels must be at least 2")
             if arm.prompts == "unlabelled" and not self.pool.unlabelled:
                 raise ValueError(f"arm {name!r} has prompts = 'unlabelled': set pool.unlabelled")
+            if arm.prompts == "unlabelled" and any(needs_answers(s) for s in settings if not isinstance(s, GRPO)):
+                raise ValueError(f"arm {name!r} has prompts = 'unlabelled', but 'keep' and 'solutions' need answers")
         for pair in self.comparisons:
+            if pair.a == pair.b:
+                raise ValueError(f"comparison of {pair.a!r} with itself: name two different ones")
             for name in (pair.a, pair.b):
                 arm, _, stage = name.partition("/")
-                known = name in ("base student", "base teacher") or (
+                known = name in {f"base {role}" for role in self.models} or (
                     arm in self.arms and (not stage or stage in arm_stages(self.arms[arm]))
                 )
                 if not known:
@@ -309,6 +329,8 @@ class Recipe(Frozen):
         used = {stage for arm in self.arms.values() for stage in arm_stages(arm)}
         if idle := sorted(set(self.stages) - used):
             raise ValueError(f"no arm uses [stages.{idle[0]}]: remove it or add an arm")
+        if self.pool.unlabelled and all(arm.prompts == "pool" for arm in self.arms.values()):
+            raise ValueError("no arm has prompts = 'unlabelled': remove pool.unlabelled or add one")
         return self
 
     def settings(self, arm: str, stage: str) -> GRPO | Warmup | Distill | SFT:
@@ -316,7 +338,18 @@ class Recipe(Frozen):
         base = self.stages[stage]  # pyright: ignore[reportArgumentType] -- checked against the literal above
         if not (changes := self.arms[arm].overrides.get(stage)):
             return base
-        return type(base).model_validate(_merge(base.model_dump(exclude_unset=True), changes))
+        try:
+            return type(base).model_validate(merge(base.model_dump(exclude_unset=True), changes))
+        except ValidationError as error:
+            raise ValueError(f"arm {arm!r}, overrides of {stage!r}:\n{explain(error, type(base))}") from None
+
+
+def needs_answers(settings: MethodConfig) -> bool:
+    """Whether the stage looks at answers: reward, a filter, or worked solutions."""
+    return isinstance(settings, GRPO) or (
+        isinstance(settings, TeacherRollouts)
+        and (settings.keep != "all" or (isinstance(settings, SFT) and settings.tokens == "solutions"))
+    )
 
 
 def arm_stages(arm: Arm) -> list[str]:
@@ -336,52 +369,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise ValueError(f"no recipe at {path}; there are {near or 'no recipes'} in {path.parent}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; name a recipe, a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        raw = _set(raw, override)
+    for text in overrides:
+        raw = override(raw, text)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{path}:\n{explain(error)}") from None
-
-
-def explain(error: ValidationError) -> str:
-    """One line per problem: where, what is wrong, what was given."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key; remove it or check the spelling"
-        shown = repr(item.get("input"))
-        given = f" (given: {shown})" if item["type"] != "missing" and len(shown) < 80 else ""
-        lines.append(f"  {where}: {message}{given}")
-    return "\n".join(lines)
+        raise ValueError(f"{path}:\n{explain(error, Recipe)}") from None
 
 
 def canonical(value: object) -> str:
     """Canonical JSON: what keys are hashed from."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _set(raw: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"--set {override!r}: write key=value, for example --set pool.labels=64")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    change: Any = value
-    for part in reversed(key.strip().split(".")):
-        change = {part: change}
-    return _merge(raw, change)

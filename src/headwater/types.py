@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Reason = Literal["correct", "wrong", "partial", "unparsed", "timeout", "memory", "error"]
 
@@ -56,6 +56,7 @@ class Verdict:
     style: str | None = None
 
 
+@runtime_checkable
 class Task(Protocol):
     """Problems and the dotted name of their grader (`module:function` or `file.py:function`).
 
