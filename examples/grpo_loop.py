@@ -5,7 +5,7 @@
 The task: chains of + - * modulo 20, strictly left to right, `7+5*3-4=` -> `7+5=12;12*3=16;16-4=12;12.`; only the final
 answer is graded. Each step draws problems, samples a group of completions for each, rewards a right answer with 1,
 turns rewards into advantages within the group, and takes one step of AdamW on the clipped loss, averaged over tokens.
-With the small model in this repository the mean reward should double in about a minute on one core.
+With the small model in this repository the mean reward rises clearly within 40 steps, half a minute of one idle core.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def train(
     steps: int = 40,
     problems: int = 16,
     group: int = 8,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 3e-4,
     max_tokens: int = 48,
     updates: int = 2,
     seed: int = 0,

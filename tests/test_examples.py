@@ -153,7 +153,7 @@ def test_examples_stand_alone_and_stay_short(name):
 @needs_world
 def test_grpo_example_learns(capsys):
     rewards = grpo_loop.train(WORLD / "student", steps=20)
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.05
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
     assert capsys.readouterr().out.count("reward") == 20
 
 
