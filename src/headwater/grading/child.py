@@ -123,6 +123,11 @@ def _confine(memory_mb: int, parent: int) -> None:
     """Bound the memory, leave no core files, die with the parent."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process as soon as its parent, the process of this id, is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # It died before we could ask to be told.

@@ -9,7 +9,7 @@ from headwater.tasks.splits import SplitTask
 
 
 def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
-    """The task (`types.Task`) that a plain mapping describes; `name` says which kind, the other keys are that kind's own.
+    """The task that a plain mapping describes; `name` says which kind, the other keys are that kind's own.
 
     - `chains`: the embedded world's task; `seed`, `sizes` of the splits.
     - `reasoning-gym:DATA_SET`: see `procedural.load`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from headwater.grading.text import extract_tagged
@@ -126,16 +127,22 @@ def _create(data_set: str, config: str) -> Any:
 
 
 def _pack(value: Any) -> Any:
-    """As JSON values, with tuples and keys that are no strings marked: some data sets tell a tuple from a list."""
-    if isinstance(value, tuple):
-        return {"__tuple__": [_pack(item) for item in value]}
-    if isinstance(value, list):
-        return [_pack(item) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _pack(item) for key, item in value.items()}
-    if isinstance(value, dict):
-        return {"__items__": [[_pack(key), _pack(item)] for key, item in value.items()]}
-    return value
+    """As JSON values. Tuples, fractions and keys that are no strings are marked, since scorers tell them apart; what
+    else JSON lacks goes as text."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case tuple():
+            return {"__tuple__": [_pack(item) for item in value]}
+        case list():
+            return [_pack(item) for item in value]
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: _pack(item) for key, item in value.items()}
+        case dict():
+            return {"__items__": [[_pack(key), _pack(item)] for key, item in value.items()]}
+        case Fraction():
+            return {"__fraction__": str(value)}
+    return str(value)
 
 
 def _unpack(value: Any) -> Any:
@@ -144,6 +151,8 @@ def _unpack(value: Any) -> Any:
             return tuple(_unpack(item) for item in items)
         case {"__items__": items}:
             return {_unpack(key): _unpack(item) for key, item in items}
+        case {"__fraction__": text}:
+            return Fraction(text)
         case dict():
             return {key: _unpack(item) for key, item in value.items()}
         case list():
