@@ -103,7 +103,9 @@ def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], sto
     from headwater.stages.node import Job, run_node
 
     with _explained():
-        run_node(Job.from_json(spec.read_text(encoding="utf-8")), _store(store))
+        kept = _store(store)
+        kept.check_writable()
+        run_node(Job.from_json(spec.read_text(encoding="utf-8")), kept)
 
 
 def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool) -> None:

@@ -53,6 +53,8 @@ class StageSpec(Frozen):
     teacher: ModelRef | None = None
     problems: Problems
     grader: str | None = None
+    grader_digest: str | None = None
+    """Of a grader that is a file of the user's: when it changes, so do the rewards."""
 
     @property
     def label(self) -> str:
@@ -69,6 +71,7 @@ class EvaluationSpec(Frozen):
     start: ModelRef
     problems: Problems
     grader: str
+    grader_digest: str | None = None
 
     @property
     def label(self) -> str:

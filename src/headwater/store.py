@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ class Store:
     """A directory of nodes. A node is done when its `done.json` is there, written last."""
 
     root: Path
+
+    def check_writable(self) -> None:
+        """ValueError, before hours of work, when nodes cannot be written here."""
+        try:
+            (self.root / "nodes").mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.root / "nodes").close()
+        except OSError as error:
+            raise ValueError(
+                f"the store {self.root} cannot be written ({error.strerror}): name another directory with --store or "
+                "$HEADWATER_STORE"
+            ) from None
 
     def path(self, key: str) -> Path:
         return self.root / "nodes" / key

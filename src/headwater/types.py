@@ -64,8 +64,11 @@ class Task(Protocol):
     process.
     """
 
-    name: str
-    grader: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def grader(self) -> str: ...
 
     def problems(self, split: str) -> Sequence[Problem]: ...
 

@@ -64,12 +64,17 @@ class LanguageModel:
         return self.module.base_model
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a prompt, ready for the completion to follow."""
+        """Token ids of a prompt, ready for the completion to follow; ValueError when there are none."""
         if self.config.system is not None and all(m.role != "system" for m in messages):
             messages = [Message("system", self.config.system), *messages]
         if self.config.template == "none":
             text = "\n".join(m.content for m in messages)
-            return self.tokenizer(text, add_special_tokens=True)["input_ids"]  # pyright: ignore
+            ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+            if not ids:
+                raise ValueError(
+                    "a prompt is empty, so nothing predicts its first token: drop it, or set a system text"
+                )
+            return ids  # pyright: ignore
         return self.tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages],
             add_generation_prompt=True,
@@ -129,12 +134,19 @@ def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Mo
 
 def check_same_tokenizer(student: LanguageModel, teacher: LanguageModel) -> None:
     """Token-level supervision needs one token inventory: raise ValueError with an example where two differ."""
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    check_same_tokens(student.tokenizer, teacher.tokenizer, names=(student.config.source, teacher.config.source))
+
+
+def check_same_tokens(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, names: tuple[str, str]
+) -> None:
+    """As `check_same_tokenizer`, before any weight is loaded; `names` are those of student and teacher."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         differing = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         first = differing[0]
         raise ValueError(
-            f"teacher {teacher.config.source} and student {student.config.source} have different tokenizers: "
+            f"teacher {names[1]} and student {names[0]} have different tokenizers: "
             f"{len(differing)} tokens differ, for example {first!r} is {theirs.get(first)} for the teacher and "
             f"{ours.get(first)} for the student; choose a teacher of the student's family"
         )

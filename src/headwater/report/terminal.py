@@ -143,7 +143,7 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
         )
     study = found["study"]
     console.print(
-        f"trained {study['stages_trained']} stages for {study['stages_requested']} asked for; "
+        f"{study['stages_trained']} distinct stages for {study['stages_requested']} asked for by the arms; "
         f"{study['labels']['distinct']} distinct labels in all, {study['labels']['revealed']} reveals; results in {out}"
     )
 

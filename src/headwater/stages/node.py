@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,9 +46,14 @@ class Job:
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        raw = json.loads(text)
-        monitor = raw["monitor"] and EvaluationSpec.model_validate(raw["monitor"])
-        return cls(spec.parse(json.dumps(raw["spec"])), Execution.model_validate(raw["execution"]), monitor or None)
+        """The job that `to_json` wrote; ValueError for anything else."""
+        try:
+            raw = json.loads(text)
+            monitor = raw["monitor"] and EvaluationSpec.model_validate(raw["monitor"])
+            return cls(spec.parse(json.dumps(raw["spec"])), Execution.model_validate(raw["execution"]), monitor or None)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"not a job ({reason}): give the spec.json of a node of this version's store") from None
 
 
 def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
@@ -59,16 +66,33 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
     with lease(directory):
         if store.is_done(key):
             return
+        _check_device(job.execution.device)
         set_deterministic(job.execution.threads)
         transformers.utils.logging.disable_progress_bar()
         (directory / "spec.json").write_text(job.to_json(), encoding="utf-8")
         outcome = {"key": key, "label": job.spec.label, "execution": job.execution.model_dump(mode="json")}
         outcome["environment"] = environment()
-        if isinstance(job.spec, EvaluationSpec):
-            outcome |= _evaluate(job.spec, job.execution, store, directory)
-        else:
-            outcome |= _train(job, store, directory, on_log)
+        notes = directory / "error.txt"
+        try:
+            if isinstance(job.spec, EvaluationSpec):
+                outcome |= _evaluate(job.spec, job.execution, store, directory)
+            else:
+                outcome |= _train(job, store, directory, on_log)
+        except Exception:
+            with suppress(OSError):
+                notes.write_text(traceback.format_exc(), encoding="utf-8")
+            raise
+        notes.unlink(missing_ok=True)
         store.finish(key, outcome)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        there = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        raise ValueError(f"execution.device = {device!r} cannot be used ({reason}); this machine has {there}") from None
 
 
 def select(problems: Problems) -> list[Problem]:

@@ -26,6 +26,8 @@ class Event:
     steps: int = 0
     metrics: Mapping[str, float] | None = None
     error: str = ""
+    mendable: bool = False
+    """The error is one that the user can mend (a ValueError)."""
 
 
 OnEvent = Callable[[Event], None]
@@ -36,7 +38,10 @@ class NodeFailed(RuntimeError):
 
 
 def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: OnEvent) -> None:
-    """Run all nodes that are not done, parents first. Raises NodeFailed when one fails, after the others end."""
+    """Run all nodes that are not done, parents first.
+
+    When one fails, raises once the others at work have ended: ValueError for what the user can mend, else NodeFailed.
+    """
     waiting = {key: job for key, job in jobs.items() if not store.is_done(key)}
     if not waiting:
         return
@@ -50,10 +55,27 @@ def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: 
 def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
     for key, job in waiting.items():
         on_event(Event("started", key))
-        run_node(
-            job, store, on_log=lambda step, steps, metrics, key=key: on_event(Event("step", key, step, steps, metrics))
-        )
+
+        def on_log(step: int, steps: int, metrics: Mapping[str, float], key: str = key) -> None:
+            on_event(Event("step", key, step, steps, metrics))
+
+        try:
+            run_node(job, store, on_log=on_log)
+        except Exception as error:
+            event = Event("failed", key, error=failure(job, error), mendable=isinstance(error, ValueError))
+            on_event(event)
+            raise _raised(event) from error
         on_event(Event("done", key))
+
+
+def failure(job: Job, error: Exception) -> str:
+    """What happened in words; where the traceback is, when it is not the user's to mend."""
+    where = "" if isinstance(error, ValueError | OSError) else f" ({type(error).__name__}; see error.txt of its node)"
+    return f"{job.spec.label} {spec.key(job.spec)}: {error}{where}"
+
+
+def _raised(event: Event) -> ValueError | NodeFailed:
+    return (ValueError if event.mendable else NodeFailed)(event.error)
 
 
 class _Worker:
@@ -62,7 +84,7 @@ class _Worker:
     def __init__(self, store: Store) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "headwater.study.worker", str(store.root)],
+            [sys.executable, "-m", "headwater.study.worker", str(store.root), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -119,7 +141,7 @@ def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int)
             worker.process.kill()
             worker.process.wait()
     if failures:
-        raise NodeFailed(failures[0].error)
+        raise _raised(failures[0])
     if waiting:
         raise NodeFailed(f"{len(waiting)} nodes never became ready; this is a bug")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater import assets, spec
-from headwater.config import GRPO, SFT, Arm, Distill, ModelConfig, Recipe, TeacherRollouts, arm_stages
+from headwater.config import GRPO, SFT, Arm, Distill, ModelConfig, Recipe, TeacherRollouts, arm_stages, needs_answers
+from headwater.grading.child import split_spec
 from headwater.spec import REVISIONS, EvaluationSpec, ModelRef, Problems, StageSpec
 from headwater.tasks import load_task
 from headwater.tasks.pool import draw_pool, half, pool_digest
@@ -51,7 +52,7 @@ class Graph:
 
 
 def plan(recipe: Recipe, *, offline: bool = False) -> Graph:
-    """The graph of a recipe. Reads the task's data, no model weights; `offline` tolerates Hub sources that are out of reach.
+    """The graph of a recipe. Reads the task's data, no model weights; `offline` tolerates a Hub out of reach.
 
     Raises ValueError before anything is trained: too little data, training problems among the evaluation's, an arm over
     its budget of reveals, a missing file.
@@ -83,19 +84,20 @@ class _Planner:
             start = teacher if of_teacher else student
             assert start is not None
             sparse = isinstance(settings, GRPO)
-            labelled = sparse or (isinstance(settings, TeacherRollouts) and settings.keep != "all")
-            labelled = labelled or (isinstance(settings, SFT) and settings.tokens == "solutions")
+            labelled = needs_answers(settings)
+            taught = not sparse and not (isinstance(settings, SFT) and settings.tokens == "solutions")
             part = finish if stage == "student_rl" else upstream
             node = StageSpec(
                 settings=settings,
                 revision=REVISIONS[settings.method],
                 seed=seed,
                 start=start,
-                teacher=None if sparse else teacher,
+                teacher=teacher if taught else None,
                 problems=self._pool(
                     seed, part, labelled=labelled, unlabelled=not sparse and arm.prompts == "unlabelled"
                 ),
                 grader=self._grader(self.recipe.task) if labelled else None,
+                grader_digest=_code(self._grader(self.recipe.task)) if labelled else None,
             )
             key = self.graph.add(node, f"{stage}, seed {seed}")
             self.graph.requested += 1
@@ -145,6 +147,7 @@ class _Planner:
                     start=ref,
                     problems=seen,
                     grader=grader,
+                    grader_digest=_code(grader),
                 )
 
             for seed in recipe.seeds:
@@ -221,6 +224,16 @@ def fingerprint(source: str, *, offline: bool = False) -> str:
         raise
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     return spec.digest([[str(p.relative_to(root)), _file_digest(p)] for p in files])
+
+
+def _code(grader: str) -> str | None:
+    """Digest of the user's file that holds a grader; None for one of an installed package."""
+    _, place, _ = split_spec(grader)
+    if not place.endswith(".py"):
+        return None
+    if not Path(place).is_file():
+        raise ValueError(f"the grader {grader!r} is in a file that does not exist: looked for {Path(place).absolute()}")
+    return _file_digest(Path(place))
 
 
 def _file_digest(path: Path) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from transformers import AutoTokenizer
 
 from headwater.checkpoint import write_atomically
 from headwater.config import Recipe, load_recipe
+from headwater.models.language_model import check_same_tokens
 from headwater.spec import StageSpec
-from headwater.stages.node import Job, environment, run_node
+from headwater.stages.node import Job, environment, model_directory, run_node
 from headwater.store import Store
 from headwater.study.executors import OnEvent, execute
 from headwater.study.graph import Graph, plan
@@ -36,8 +38,11 @@ def run(
     Raises ValueError for anything wrong with recipe, data or models before a weight is loaded, and when `out` holds a
     run of another recipe.
     """
+    store.check_writable()
     graph = plan(recipe)
     claim(recipe, out)
+    if not all(map(store.is_done, graph.stages)):
+        check_tokenizers(recipe)
     on_plan(graph, store)
     jobs = to_jobs(recipe, graph)
     write_atomically(out / "environment.json", json.dumps({**environment(), "command": sys.argv}, indent=1))
@@ -53,7 +58,10 @@ def run(
 
 def claim(recipe: Recipe, out: Path) -> None:
     """Write the resolved recipe into the run directory, or check that it holds the same study."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}): choose another --out") from None
     path = out / "recipe.toml"
     if path.exists():
         theirs = load_recipe(path)
@@ -63,6 +71,14 @@ def claim(recipe: Recipe, out: Path) -> None:
                 f"{out} holds a run of another recipe ({', '.join(differing)} differ): choose another --out"
             )
     write_atomically(path, tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+
+
+def check_tokenizers(recipe: Recipe) -> None:
+    """ValueError now, not after the teacher's training, when its tokens are not the student's."""
+    if any(arm.bridge != "none" for arm in recipe.arms.values()):
+        sources = [recipe.models[role].source for role in ("student", "teacher")]
+        student, teacher = (AutoTokenizer.from_pretrained(model_directory(source)) for source in sources)
+        check_same_tokens(student, teacher, names=(sources[0], sources[1]))
 
 
 def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
@@ -104,6 +120,7 @@ def evaluate_model(source: str, recipe: Recipe, seed: int, store: Store) -> dict
     config = recipe.models["student"].model_copy(update={"source": source})
     stages = {name: stage for name, stage in recipe.stages.items() if name == "student_rl"}
     only = recipe.model_copy(update={"models": {"student": config}, "arms": {}, "stages": stages, "seeds": (seed,)})
+    store.check_writable()
     graph = plan(only)
     for job in to_jobs(only, graph).values():
         run_node(job, store)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -13,8 +13,10 @@ from typing import IO
 import torch
 
 from headwater import spec
+from headwater.grading.child import die_with
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
+from headwater.study.executors import failure
 
 
 def main(root: Path, jobs: IO[str], events: IO[str]) -> None:
@@ -36,12 +38,14 @@ def main(root: Path, jobs: IO[str], events: IO[str]) -> None:
         try:
             run_node(job, store, on_log=on_log)
             say(kind="done", key=key)
-        except (ValueError, OSError, RuntimeError) as error:
-            (store.path(key) / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            say(kind="failed", key=key, error=f"{job.spec.label}: {error}")
+        except Exception as error:
+            say(kind="failed", key=key, error=failure(job, error), mendable=isinstance(error, ValueError))
 
 
 if __name__ == "__main__":
+    die_with(int(sys.argv[2]))
+    # Ctrl-C reaches the whole group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Events own the real stdout; whatever a library prints goes to stderr.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
