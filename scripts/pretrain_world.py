@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -29,24 +30,19 @@ import platformdirs
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from headwater.tasks import chains
 from headwater.types import Problem
 
-RUNGS = ("96x3", "48x2", "64x2", "64x3", "80x3", "32x2", "128x3")
+RUNGS = ("96x3", "80x3", "64x3", "64x2", "48x3", "56x2", "48x2")
 SHIPPED = Path(__file__).parents[1] / "src" / "headwater" / "data" / "world"
 CHANCE = 1 / chains.MODULUS
 # Fixed before any arm was run; all on tuning problems, at temperature 1.
 GATES = {
     "teacher": {"pass@1": (0.30, 0.55), "pass@8": (0.90, 1.0), "worked": (0.75, 1.0), "bare": (0.0, CHANCE + 0.05)},
-    "student": {
-        "pass@1": (0.10, 0.25),
-        "pass@8": (0.45, 0.85),
-        "worked": (0.30, 0.65),
-        "bare": (0.0, CHANCE + 0.05),
-        "sft_pass@1": (0.75, 1.0),
-    },
+    "student": {"pass@1": (0.10, 0.25), "pass@8": (0.45, 0.85), "worked": (0.30, 0.65), "bare": (0.0, CHANCE + 0.05)}
+    | {"sft_pass@1": (0.75, 1.0)},
 }
 CHAT_TEMPLATE = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
@@ -66,7 +62,7 @@ class Settings:
     """What decides the weights; a hash of it names the work directory, so no stale checkpoint is ever resumed."""
 
     seed: int = 0
-    trained_tokens: int = 4_500_000
+    trained_tokens: int = 2_250_000
     """Tokens with a loss: completions and their end token. Prompts come on top, about 1.25 times as many."""
     batch_documents: int = 128
     learning_rate: float = 2e-3
@@ -87,19 +83,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as token ids: document i is ids[starts[i] : starts[i + 1]], of which the first prompts[i] are
-    prompt."""
+    """Token ids; document i is ids[starts[i] : starts[i + 1]] and its first prompts[i] tokens are the prompt."""
 
     ids: np.ndarray
     starts: np.ndarray
     prompts: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-
-# --- tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -125,9 +113,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=256,
         chat_template=CHAT_TEMPLATE,
     )
-
-
-# --- corpus ------------------------------------------------------------------------------------------------------
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -175,7 +160,7 @@ def load_corpus(work: Path, settings: Settings) -> Corpus:
 
 def micro_batches(corpus: Corpus, members: np.ndarray, parts: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
     """Input ids and trained-target mask, in parts of similar length: little padding without skewing the step's mix."""
-    lengths = corpus.lengths
+    lengths = np.diff(corpus.starts)
     for part in np.array_split(members[np.argsort(lengths[members], kind="stable")], parts):
         ids = np.zeros((len(part), lengths[part].max()), dtype=np.int64)
         mask = np.zeros(ids.shape, dtype=bool)
@@ -184,9 +169,6 @@ def micro_batches(corpus: Corpus, members: np.ndarray, parts: int = 4) -> Iterat
             ids[row, : end - start] = corpus.ids[start:end]
             mask[row, corpus.prompts[document] : end - start] = True
         yield torch.from_numpy(ids), torch.from_numpy(mask[:, 1:])
-
-
-# --- training ----------------------------------------------------------------------------------------------------
 
 
 def build_model(rung: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
@@ -215,7 +197,7 @@ def build_model(rung: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwe
 
 def step_loss(model: Qwen3ForCausalLM, corpus: Corpus, members: np.ndarray) -> float:
     """Accumulate the gradient of the mean cross-entropy over the step's trained tokens; return it in nats."""
-    trained = int((corpus.lengths[members] - corpus.prompts[members]).sum())
+    trained = int((corpus.starts[members + 1] - corpus.starts[members] - corpus.prompts[members]).sum())
     total = 0.0
     for ids, mask in micro_batches(corpus, members):
         # Right padding needs no attention mask: causal attention never looks at it, and it has no loss.
@@ -228,12 +210,6 @@ def step_loss(model: Qwen3ForCausalLM, corpus: Corpus, members: np.ndarray) -> f
 
 def cosine(step: int, num_steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-
-
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    torch.save(state, temporary)
-    temporary.replace(path)
 
 
 def train(rung: str, work: Path, settings: Settings) -> Qwen3ForCausalLM:
@@ -256,15 +232,15 @@ def train(rung: str, work: Path, settings: Settings) -> Qwen3ForCausalLM:
     began = saved = time.monotonic()
     for step in range(first, num_steps):
         members = np.arange(step * settings.batch_documents, (step + 1) * settings.batch_documents)
-        loss = update(
-            model, optimizer, corpus, members, settings.learning_rate * cosine(step, num_steps, settings.warmup_steps)
-        )
+        rate = settings.learning_rate * cosine(step, num_steps, settings.warmup_steps)
+        loss = update(model, optimizer, corpus, members, rate)
         if (step + 1) % 50 == 0:
             print(f"{rung} step {step + 1}/{num_steps} loss {loss:.4f} s {seconds + time.monotonic() - began:.0f}")
         if time.monotonic() - saved > 60:
             saved = time.monotonic()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_atomically(state | {"step": step + 1, "seconds": seconds + saved - began}, directory / "checkpoint.pt")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state | {"seconds": seconds + saved - began}, directory / f"checkpoint.{os.getpid()}")
+            (directory / f"checkpoint.{os.getpid()}").replace(directory / "checkpoint.pt")
     record = {"parameters": model.num_parameters(), "seconds": round(seconds + time.monotonic() - began, 1)}
     (directory / "training.json").write_text(json.dumps(record))
     save_model(model, tokenizer, directory / "model")
@@ -299,9 +275,6 @@ def fine_tune(model: Qwen3ForCausalLM, settings: Settings) -> None:
     for step in range(settings.sft_steps):
         members = np.arange(step * settings.batch_documents, (step + 1) * settings.batch_documents)
         update(model, optimizer, corpus, members, settings.sft_learning_rate * cosine(step, settings.sft_steps, 10))
-
-
-# --- evaluation --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -357,50 +330,45 @@ def measure(rung: str, work: Path, settings: Settings) -> None:
     fine_tune(model, settings)
     evals["sft"] = evaluate(model, settings.seed)
     evals |= json.loads((work / rung / "training.json").read_text())
-    path.write_text(json.dumps(evals, indent=1))
+    path.with_suffix(".partial").write_text(json.dumps(evals, indent=1))
+    path.with_suffix(".partial").replace(path)
     print(rung, json.dumps(evals["sft"]))
 
 
-# --- selection ---------------------------------------------------------------------------------------------------
-
-
 def gate_values(evals: dict[str, Any]) -> dict[str, float]:
-    accuracy = {style: row["accuracy"] or 0.0 for style, row in evals["styles"].items()}
-    return {
-        "pass@1": evals["pass@1"],
-        "pass@8": evals["pass@8"],
-        "worked": accuracy["worked"],
-        "bare": accuracy["bare"],
-        "sft_pass@1": evals["sft"]["pass@1"],
-    }
+    values = {style: evals["styles"][style]["accuracy"] or 0.0 for style in ("worked", "bare")}
+    return values | {"pass@1": evals["pass@1"], "pass@8": evals["pass@8"], "sft_pass@1": evals["sft"]["pass@1"]}
 
 
-def passes(role: str, evals: dict[str, Any]) -> bool:
-    values = gate_values(evals)
-    return all(low <= values[name] <= high for name, (low, high) in GATES[role].items())
-
-
-def pick(ladder: dict[str, dict[str, Any]]) -> dict[str, str | None]:
-    """The smallest rung that passes the teacher's gates, the largest that passes the student's."""
+def pick(ladder: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The smallest rung that passes the teacher's gates, the largest that passes the student's; absent where none."""
     by_size = sorted(ladder, key=lambda rung: ladder[rung]["parameters"])
-    teachers = [rung for rung in by_size if passes("teacher", ladder[rung])]
-    students = [rung for rung in by_size if passes("student", ladder[rung])]
-    return {"teacher": teachers[0] if teachers else None, "student": students[-1] if students else None}
+    chosen = {}
+    for role, order in (("student", by_size), ("teacher", by_size[::-1])):
+        for rung in order:
+            values = gate_values(ladder[rung])
+            if all(low <= values[name] <= high for name, (low, high) in GATES[role].items()):
+                chosen[role] = rung
+    return chosen
 
 
 def ship(work: Path, settings: Settings, ladder: dict[str, dict[str, Any]], out: Path, command: str) -> None:
+    """Copy the chosen rungs to `out` and write `world.json`: settings, gates, measurements, the hash of each file."""
     chosen = pick(ladder)
-    if None in chosen.values():
-        raise ValueError(f"no rung passes every gate: {chosen}; add rungs, or change operations or modulus")
+    if len(chosen) < 2:
+        raise ValueError(f"gates passed only for {chosen}; add rungs, or change the operations or the modulus")
     files = {}
     for role, rung in chosen.items():
-        model = Qwen3ForCausalLM.from_pretrained(work / str(rung) / "model")
-        model.save_pretrained(out / role)
-        AutoTokenizer.from_pretrained(work / str(rung) / "model").save_pretrained(out / role)
+        shutil.rmtree(out / role, ignore_errors=True)
+        shutil.copytree(work / rung / "model", out / role, copy_function=shutil.copyfile)
         for path in sorted((out / role).iterdir()):
             files[f"{role}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    world = {"task": "chains", "rungs": chosen, "settings": asdict(settings), "gates": GATES, "ladder": ladder}
-    world |= {"command": command, "torch": torch.__version__, "files": files}
+    corpus = load_corpus(work, settings)
+    counts = {"documents": len(corpus.prompts), "tokens": len(corpus.ids)}
+    counts["trained_tokens"] = len(corpus.ids) - int(corpus.prompts.sum())
+    world = {"task": "chains", "rungs": chosen, "command": command, "torch": torch.__version__}
+    world |= {"settings": asdict(settings), "corpus": counts | {"sha256": hashlib.sha256(corpus.ids).hexdigest()}}
+    world |= {"gates": GATES, "ladder": ladder, "files": files}
     (out / "world.json").write_text(json.dumps(world, indent=1) + "\n")
 
 
@@ -432,7 +400,9 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(launch, rungs))
     ladder = {rung: json.loads((work / rung / "evals.json").read_text()) for rung in rungs}
-    print(json.dumps({rung: gate_values(evals) for rung, evals in ladder.items()}, indent=1), pick(ladder))
+    for rung, evals in ladder.items():
+        print(rung, {name: round(value, 3) for name, value in gate_values(evals).items()})
+    print(pick(ladder))
     if not args.no_ship:
         ship(work, settings, ladder, args.out, f"python scripts/pretrain_world.py --rungs {args.rungs}")
 
