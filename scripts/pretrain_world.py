@@ -96,12 +96,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     merges = [(word[:i], word[i]) for word in ("user", "system", "assistant") for i in range(1, len(word))]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*alphabet, *(a + b for a, b in merges)]))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [
-            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
@@ -152,10 +149,9 @@ def load_corpus(work: Path, settings: Settings) -> Corpus:
     if not path.exists():
         corpus = build_corpus(build_tokenizer(), settings)
         temporary = work / f"corpus.{os.getpid()}.npz"
-        np.savez(temporary, ids=corpus.ids, starts=corpus.starts, prompts=corpus.prompts)
+        np.savez(temporary, **vars(corpus))
         temporary.replace(path)
-    arrays = np.load(path)
-    return Corpus(arrays["ids"], arrays["starts"], arrays["prompts"])
+    return Corpus(**np.load(path))
 
 
 def micro_batches(corpus: Corpus, members: np.ndarray, parts: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
@@ -367,7 +363,10 @@ def ship(work: Path, settings: Settings, ladder: dict[str, dict[str, Any]], out:
     counts = {"documents": len(corpus.prompts), "tokens": len(corpus.ids)}
     counts["trained_tokens"] = len(corpus.ids) - int(corpus.prompts.sum())
     world = {"task": "chains", "rungs": chosen, "command": command, "torch": torch.__version__}
-    world |= {"settings": asdict(settings), "corpus": counts | {"sha256": hashlib.sha256(corpus.ids).hexdigest()}}
+    world |= {
+        "settings": asdict(settings),
+        "corpus": counts | {"sha256": hashlib.sha256(corpus.ids.tobytes()).hexdigest()},
+    }
     world |= {"gates": GATES, "ladder": ladder, "files": files}
     (out / "world.json").write_text(json.dumps(world, indent=1) + "\n")
 
@@ -393,9 +392,9 @@ def main() -> None:
     rungs = args.rungs.split(",")
 
     def launch(rung: str) -> None:
-        command = [sys.executable, "-u", __file__, "--only", rung, "--work", str(args.work)]
-        command += ["--trained-tokens", str(args.trained_tokens)]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        options = ["--only", rung, "--work", str(args.work), "--trained-tokens", str(args.trained_tokens)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-u", __file__, *options], check=True, env=environment)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(launch, rungs))
