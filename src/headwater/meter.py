@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+Bill = dict[str, dict[str, int | float]]
+"""Role -> tokens, flops, seconds."""
 Role = Literal["prefilled", "sampled", "graded", "scored", "trained", "evaluated"]
 FLOPS_PER_TOKEN = {"prefilled": 2, "sampled": 2, "graded": 0, "scored": 2, "trained": 6, "evaluated": 2}
 """Multiples of the parameter count: 2ND forward, 6ND forward and backward (arXiv:2001.08361); attention is left out."""
@@ -16,7 +18,7 @@ class Meter:
     """Cumulative totals; `state` and `restore` carry them through a checkpoint."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, dict[str, float]] = {}
+        self._rows: Bill = {}
         self._nested: list[float] = []
 
     def add(self, role: Role, tokens: int, parameters: int) -> None:
@@ -38,17 +40,17 @@ class Meter:
             if self._nested:
                 self._nested[-1] += elapsed
 
-    def state(self) -> dict[str, dict[str, float]]:
+    def state(self) -> Bill:
         return {role: dict(row) for role, row in self._rows.items()}
 
-    def restore(self, state: dict[str, dict[str, float]]) -> None:
+    def restore(self, state: Bill) -> None:
         self._rows = {role: dict(row) for role, row in state.items()}
 
-    def _row(self, role: str) -> dict[str, float]:
+    def _row(self, role: str) -> dict[str, int | float]:
         return self._rows.setdefault(role, {"tokens": 0, "flops": 0, "seconds": 0.0})
 
 
-def total(bills: list[dict[str, dict[str, float]]]) -> dict:
+def total(bills: list[Bill]) -> dict:
     """One bill from several: `{"tokens": {role: n}, "flops": x, "seconds": s}`."""
     tokens: dict[str, int] = {}
     flops, seconds = 0.0, 0.0
