@@ -35,7 +35,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[st
         (aside / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         sums = {path.name: sha256(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
-        for path in aside.iterdir():
+        for path in (*aside.iterdir(), aside):
             _sync(path)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)

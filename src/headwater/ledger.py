@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,26 +11,33 @@ from pathlib import Path
 class Ledger:
     """Reveals of one stage. A *label* is one revealed answer; re-reading it at a later step is another reveal.
 
-    The file is append-only JSON lines. A key that is already there is not written again, so a step repeated after a
-    crash counts once; a last line torn by the crash is dropped.
+    The file is append-only JSON lines; of the ranks of a mesh only one `writes` it. A key that is already there is not
+    written again, so a step repeated after a crash counts once; a last line torn by the crash is dropped.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self._keys: dict[tuple[int, str], None] = {}
         if path.exists():
-            kept = list(_whole_lines(path))
-            self._keys = {(row["step"], row["problem"]): None for row in kept}
-            path.write_text("".join(_line(step, problem) for step, problem in self._keys), encoding="utf-8")
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if writes and len(whole) < len(data):
+                os.truncate(path, len(whole))
+            rows = map(json.loads, whole.splitlines())
+            self._keys = {(row["step"], row["problem"]): None for row in rows}
 
     def reveal(self, step: int, problems: Iterable[str]) -> None:
         """Record that the answers of these problem ids were used at this step."""
         new = [key for key in dict.fromkeys((step, problem) for problem in problems) if key not in self._keys]
-        if not new:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(_line(*key) for key in new))
+        if new and self._writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(_line(*key) for key in new))
         self._keys.update(dict.fromkeys(new))
+
+    def labels(self, step: int) -> int:
+        """Number of problems revealed up to and including this step."""
+        return len({problem for revealed_at, problem in self._keys if revealed_at <= step})
 
     @property
     def revealed(self) -> int:
@@ -44,9 +52,3 @@ class Ledger:
 
 def _line(step: int, problem: str) -> str:
     return json.dumps({"step": step, "problem": problem}) + "\n"
-
-
-def _whole_lines(path: Path) -> Iterable[dict]:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)

@@ -38,20 +38,17 @@ class Mesh:
         dist.all_reduce(value)
         return value
 
-    def all_max(self, value: Tensor) -> Tensor:
-        """Largest over ranks."""
+    def collect(self, value: T) -> list[T]:
+        """The value of every rank, by rank."""
         if self.size == 1:
-            return value
-        value = value.clone()
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def gather(self, items: list[T]) -> list[T]:
         """The shards of all ranks, undone to the order before `shard`."""
-        if self.size == 1:
-            return items
-        parts: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(parts, items)
+        parts = self.collect(items)
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
     def barrier(self) -> None:
@@ -64,7 +61,8 @@ def join(device: str) -> Mesh:
     if not dist.is_torchelastic_launched():
         return Mesh()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # Counts and metrics live on the CPU, which NCCL cannot reduce.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return Mesh(dist.get_rank(), dist.get_world_size())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ class StageRun:
         self.execution = execution or Execution()
         self.mesh = mesh or Mesh()
         directory.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(directory / "ledger.jsonl")
+        self.ledger = Ledger(directory / "ledger.jsonl", writes=self.mesh.is_writer)
         self.meter = Meter()
         self._on_log = on_log
         self._evaluate = evaluate
@@ -66,13 +67,14 @@ class StageRun:
             optimizer.restore(tensors)
             self.meter.restore(state["meter"])
             done = state["step"]
-        for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
-            _truncate(self.directory / name, done)
+        if self.mesh.is_writer:
+            for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+                _truncate(self.directory / name, done)
         return done
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Append one row of metrics for step 0..steps-1."""
-        row = {"step": step, "time": time.time(), **metrics, "ledger/labels": len(self.ledger.problems)}
+        row = {"step": step, "time": time.time(), **metrics, "ledger/labels": self.ledger.labels(step)}
         self._append("metrics.jsonl", [row])
         if self._on_log is not None:
             self._on_log(step + 1, steps, metrics)
@@ -111,6 +113,8 @@ class StageRun:
         try:
             yield
         except NonFiniteError as error:
+            if not error.micro_batches:
+                raise  # another rank has the batch
             path = self.directory / "nonfinite.safetensors"
             tensors = {}
             for i, micro in enumerate(error.micro_batches):
@@ -145,6 +149,8 @@ def save_model(model: LanguageModel, optimizer: AdamW, directory: Path) -> None:
         if checkpoint._is_full(error):
             raise checkpoint.disk_full(directory.parent, "the trained model") from error
         raise
+    # Left by a crash after the rename: the stage was not recorded as finished, so it ran to its end again.
+    shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
 
 

@@ -62,9 +62,14 @@ class AdamW:
             [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True
         )
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, *, scale: float = 1.0) -> None:
+        """One step along `scale` times the gradients, which are spent."""
         for group in self.inner.param_groups:
             group["lr"] = lr
+        if scale != 1:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(scale)
         self.inner.step()
         self.zero()
         self._round()
@@ -126,48 +131,60 @@ def update(
     """Gradient of sum_terms coef x (sum over all micro-batches and ranks) / denominator, clipped by global norm, then
     one step.
 
-    The result does not depend on how rows were cut into micro-batches. Without any trained token the weights stay as
-    they are.
-    Raises NonFiniteError, before the weights change, when a loss or the gradient is not finite.
+    The result does not depend on how rows were cut into micro-batches and dealt to ranks; a rank may have none. Where
+    the gradient is exactly 0 (no trained token, or only groups of equal rewards) nothing is learned: weights and
+    optimizer state stay as they are.
+    Raises NonFiniteError, on every rank and before the weights change, when a loss or the gradient is not finite.
     """
     metrics: Metrics = {}
     # Activation checkpointing is active in train mode only; sampling needs eval mode, for its cache.
     model.module.train(model.checkpoint_activations)
-    value = torch.zeros((), dtype=torch.float64)
+    value, failed = torch.zeros((), dtype=torch.float64), []
     for micro in micro_batches:
         hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
         terms, observed = loss(hidden, model.head, micro)
-        total = sum((t.coef / t.denominator * t.total for t in terms if t.denominator > 0), hidden.sum() * 0.0)
-        if not bool(torch.isfinite(total)):
-            optimizer.zero()
-            raise NonFiniteError(f"the loss is {float(total)}", [micro])
-        total.backward()
+        # The empty sum ties the loss to the graph when every term is left out.
+        total = sum((t.coef / t.denominator * t.total for t in terms if t.denominator > 0), hidden[:0].sum())
         value += total.detach().double().cpu()
+        if not bool(torch.isfinite(total)):
+            failed = [micro]
+            break
+        total.backward()
         metrics = _add(metrics, observed)
     model.module.eval()
-    grads = [m.grad for m in optimizer.masters.values() if m.grad is not None]
-    for grad in grads:
-        grad.copy_(mesh.all_sum(grad))
-    norm = (
-        torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-        if grads
-        else torch.zeros(())
-    )
-    if not bool(torch.isfinite(norm)):
+    value = mesh.all_sum(value)
+    if not bool(torch.isfinite(value)):
         optimizer.zero()
-        raise NonFiniteError(f"the gradient norm is {float(norm)}", micro_batches)
-    if float(norm) > max_grad_norm:
-        for grad in grads:
-            grad.mul_(max_grad_norm / float(norm))
-    if grads:
-        optimizer.step(lr)
-    reduced = {name: _reduce(name, *metrics[name], mesh) for name in sorted(metrics)}
+        raise NonFiniteError(f"the loss is {float(value)}", failed)
+    norm = _reduce_gradients(optimizer, mesh)
+    if not math.isfinite(norm):
+        optimizer.zero()
+        raise NonFiniteError(f"the gradient norm is {norm}", micro_batches)
+    if norm > 0:
+        optimizer.step(lr, scale=min(1.0, max_grad_norm / norm))
+    optimizer.zero()
+    reduced: Metrics = {}
+    for observed in mesh.collect(metrics):
+        reduced = _add(reduced, observed)
     return {
-        **reduced,
-        "optim/loss": float(mesh.all_sum(value)),
-        "optim/grad_norm": float(norm),
+        **{name: _value(name, *sums) for name, sums in reduced.items()},
+        "optim/loss": float(value),
+        "optim/grad_norm": norm,
         "optim/lr": lr,
     }
+
+
+def _reduce_gradients(optimizer: AdamW, mesh: Mesh) -> float:
+    """Sum every gradient over ranks, in place; their global L2 norm."""
+    norms = []
+    for master in optimizer.masters.values():
+        if master.grad is None and mesh.size > 1:
+            # Collectives must match: a rank without tokens still takes part.
+            master.grad = torch.zeros_like(master)
+        if master.grad is not None:
+            master.grad.copy_(mesh.all_sum(master.grad))
+            norms.append(torch.linalg.vector_norm(master.grad))
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def _add(metrics: Metrics, observed: Metrics) -> Metrics:
@@ -182,10 +199,9 @@ def _add(metrics: Metrics, observed: Metrics) -> Metrics:
     return out
 
 
-def _reduce(name: str, total: Tensor, count: Tensor, mesh: Mesh) -> float:
+def _value(name: str, total: Tensor, count: Tensor) -> float:
     if name.endswith("_max"):
-        return float(mesh.all_max(total))
-    total, count = mesh.all_sum(total), mesh.all_sum(count)
+        return float(total)
     return float(total / count) if float(count) else math.nan
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from headwater.mesh import Mesh
 from headwater.types import Rollout
 
 
@@ -33,6 +34,10 @@ class Batch:
             [self.completions[r] for r in rows],
             {name: [values[r] for r in rows] for name, values in self.fields.items()},
         )
+
+    def shard(self, mesh: Mesh) -> Batch:
+        """This rank's rows."""
+        return self.take(mesh.shard(range(len(self))))
 
     def __len__(self) -> int:
         return len(self.completions)

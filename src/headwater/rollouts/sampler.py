@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts import streams
 from headwater.types import Problem, Rollout
@@ -40,12 +42,14 @@ class Sampler(Protocol):
 class TransformersSampler:
     """Samples from the very module that is trained, so `load` only notes the version.
 
-    A rollout depends on (stream, problem, index) and the weights alone: not on the batch it was drawn in.
+    A rollout depends on (stream, problem, index) and the weights alone: not on the batch it was drawn in, nor on the
+    ranks that share the work (each returns all rollouts).
     """
 
-    def __init__(self, model: LanguageModel, *, max_tokens: int = 262_144) -> None:
+    def __init__(self, model: LanguageModel, *, max_tokens: int = 262_144, mesh: Mesh | None = None) -> None:
         self.model = model
         self.max_tokens = max_tokens
+        self.mesh = mesh or Mesh()
         self.version = 0
 
     def load(self, weights: object, version: int) -> None:
@@ -55,27 +59,35 @@ class TransformersSampler:
     def sample(
         self, problems: Sequence[Problem], sampling: Sampling, *, on_progress: Callable[[int], None] | None = None
     ) -> list[Rollout]:
-        """`group_size` completions of every problem, in order: problem by problem, index by index."""
+        """`group_size` completions of every problem, in order: problem by problem, index by index.
+
+        Where a problem comes again its indices go on counting, so its rollouts differ.
+        """
         prompts = [self.model.encode(p.messages) for p in problems]
-        by_length = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))
+        first, seen = [], Counter[str]()
+        for problem in problems:
+            first.append(seen[problem.id] * sampling.group_size)
+            seen[problem.id] += 1
+        mine = self.mesh.shard(range(len(problems)))
+        by_length = sorted(mine, key=lambda i: -len(prompts[i]))
         groups: list[list[Rollout]] = [[] for _ in problems]
         while by_length:
             width = len(prompts[by_length[0]]) + sampling.max_new_tokens
             count = max(1, self.max_tokens // (width * sampling.group_size))
             chosen, by_length = by_length[:count], by_length[count:]
-            rollouts = self._decode([problems[i] for i in chosen], [prompts[i] for i in chosen], sampling)
+            places = [(problems[i].id, first[i] + g) for i in chosen for g in range(sampling.group_size)]
+            rollouts = self._decode(places, [prompts[i] for i in chosen], sampling)
             for place, i in enumerate(chosen):
                 groups[i] = rollouts[place * sampling.group_size : (place + 1) * sampling.group_size]
             if on_progress is not None:
                 on_progress(len(rollouts))
-        return [rollout for group in groups for rollout in group]
+        return [rollout for group in self.mesh.gather([groups[i] for i in mine]) for rollout in group]
 
-    def _decode(self, problems: list[Problem], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+    def _decode(self, places: list[tuple[str, int]], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        """One completion for every place (problem, index); `group_size` consecutive places share a prompt."""
         model, group, limit = self.model, sampling.group_size, sampling.max_new_tokens
-        device, rows = model.device, len(prompts) * group
-        keys = np.array(
-            [streams.key(*sampling.stream, p.id, g) for p in problems for g in range(group)], dtype=np.uint64
-        )
+        device, rows = model.device, len(places)
+        keys = np.array([streams.key(*sampling.stream, *place) for place in places], dtype=np.uint64)
         ids, mask, lengths = _pad_left(prompts, limit, device)
         width = ids.shape[1]
 
@@ -116,13 +128,13 @@ class TransformersSampler:
             hidden = _forward(
                 model, token[:, None], mask[:, : width + position + 1], (lengths + position)[:, None], cache
             )
-        return self._rollouts(problems, prompts, group, tokens.tolist(), logprobs.tolist(), count.tolist())
+        prompts = [prompt for prompt in prompts for _ in range(group)]
+        return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist())
 
     def _rollouts(
         self,
-        problems: list[Problem],
+        places: list[tuple[str, int]],
         prompts: list[list[int]],
-        group: int,
         tokens: list[list[int]],
         logprobs: list[list[float]],
         counts: list[int],
@@ -133,9 +145,9 @@ class TransformersSampler:
             completion = tokens[row][:count]
             out.append(
                 Rollout(
-                    problem_id=problems[row // group].id,
-                    index=row % group,
-                    prompt_ids=prompts[row // group],
+                    problem_id=places[row][0],
+                    index=places[row][1],
+                    prompt_ids=prompts[row],
                     completion_ids=completion,
                     sampler_logprobs=logprobs[row][:count],
                     text=self.model.decode(completion),
@@ -177,10 +189,11 @@ def draw(
 
 def _truncate(probs: Float[Tensor, "batch vocab"], top_p: float, top_k: int) -> Float[Tensor, "batch vocab"]:
     ordered, order = probs.sort(-1, descending=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_k:
-        keep[:, top_k:] = False
-    keep &= ordered.cumsum(-1) - ordered < top_p
+        ordered[:, top_k:] = 0
+    # Top-p counts within what top-k left, as transformers and vLLM do.
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    keep = ordered.cumsum(-1) - ordered < top_p
     return torch.zeros_like(probs).scatter(1, order, ordered * keep)
 
 

@@ -13,6 +13,7 @@ import torch
 from headwater import checkpoint
 from headwater.config import Distill, TeacherRollouts, Warmup
 from headwater.losses.dense import dense_divergence
+from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts.batch import MicroBatch
 from headwater.rollouts.sampler import Sampling, TransformersSampler
@@ -53,6 +54,11 @@ def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict] | N
         for style, n in sorted(Counter(v.style for v in verdicts if v.style).items()):
             metrics[f"style/{style}"] = n / count
     return metrics
+
+
+def grade_sharded(grade: Grade, completions: list[tuple[Problem, str]], mesh: Mesh) -> list[Verdict]:
+    """Verdicts of all completions on every rank, each rank grading its share."""
+    return mesh.gather(grade(mesh.shard(completions)))
 
 
 def count_sampled(run: StageRun, model: LanguageModel, rollouts: Sequence[Rollout], group_size: int) -> None:
@@ -106,10 +112,11 @@ def teacher_rollouts(
     path = run.directory / "rollouts.jsonl"
     if path.exists():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        run.meter.restore(rows[0]["meter"])
+        if not run.meter.state():  # no checkpoint brought a later one
+            run.meter.restore(rows[0]["meter"])
         return [Rollout(**row) for row in rows[1:]]
     group = settings.rollouts_per_problem
-    sampler = TransformersSampler(teacher, max_tokens=run.execution.sampler_tokens)
+    sampler = TransformersSampler(teacher, max_tokens=run.execution.sampler_tokens, mesh=run.mesh)
     sampling = Sampling(("teacher", seed), group, settings.max_new_tokens, settings.temperature)
     with run.meter.timed("sampled"):
         rollouts = sampler.sample(problems, sampling)
@@ -119,7 +126,7 @@ def teacher_rollouts(
             raise ValueError(f"keep = {settings.keep!r} needs labelled problems and a grader")
         run.ledger.reveal(0, [p.id for p in problems])
         with run.meter.timed("graded"):
-            verdicts = grade([(problems[i // group], r.text) for i, r in enumerate(rollouts)])
+            verdicts = grade_sharded(grade, [(problems[i // group], r.text) for i, r in enumerate(rollouts)], run.mesh)
         wanted = settings.keep == "correct"
         rollouts = [r for r, v in zip(rollouts, verdicts, strict=True) if v.correct == wanted]
         if len(rollouts) < settings.sequences_per_step:
@@ -128,5 +135,6 @@ def teacher_rollouts(
                 f"{settings.sequences_per_step}: raise rollouts_per_problem or lower sequences_per_step"
             )
     header: dict[str, Any] = {"meter": run.meter.state()}
-    checkpoint.write_atomically(path, "".join(json.dumps(row) + "\n" for row in [header, *map(asdict, rollouts)]))
+    if run.mesh.is_writer:
+        checkpoint.write_atomically(path, "".join(json.dumps(row) + "\n" for row in [header, *map(asdict, rollouts)]))
     return rollouts

@@ -39,12 +39,12 @@ def train(
     check_pool(problems, settings.problems_per_step, labelled=False)
     check_same_tokenizer(student, teacher)
     ex, mesh, per_step = run.execution, run.mesh, settings.problems_per_step
-    sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens)
+    sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens, mesh=mesh)
     optimizer = AdamW(student, settings.optimizer)
 
     for step in range(run.restore(optimizer), settings.steps):
         sampler.load(None, step)
-        drawn = mesh.shard(streams.epoch_order(problems, step * per_step, per_step, "distill", seed))
+        drawn = streams.epoch_order(problems, step * per_step, per_step, "distill", seed)
         sampling = Sampling(("distill", seed, step), settings.group_size, settings.max_new_tokens, settings.temperature)
         with run.meter.timed("sampled"):
             rollouts = sampler.sample(drawn, sampling)
@@ -53,15 +53,15 @@ def train(
         batch = Batch.of(rollouts)
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
         batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
-        denominator = float(mesh.all_sum(torch.tensor(denominator, dtype=torch.float64)))
+        mine = batch.shard(mesh)
         if settings.divergence in ("sampled_token", "sampled_sequence"):
             with run.meter.timed("scored"):
                 view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
-                batch = batch.with_fields(teacher=score_tokens(teacher, batch, view))
+                mine = mine.with_fields(teacher=score_tokens(teacher, mine, view))
             loss = sampled_loss(settings, student.vocab_size, denominator, ex.chunk_tokens)
         else:
             loss = dense_loss(settings, teacher, student.vocab_size, denominator, run)
-        micros = micro_batches(batch, max_tokens=ex.micro_batch_tokens, device=student.device)
+        micros = micro_batches(mine, max_tokens=ex.micro_batch_tokens, device=student.device)
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
@@ -71,8 +71,8 @@ def train(
 
         run.log(step, settings.steps, {**rollout_metrics(rollouts), **metrics})
         run.show(step, rollouts)
-        run.save_if_due(step + 1, settings.steps, optimizer)
         run.evaluate_if_due(step + 1)
+        run.save_if_due(step + 1, settings.steps, optimizer)
     return optimizer
 
 

@@ -18,7 +18,7 @@ from headwater.run import StageRun
 from headwater.scoring.advantages import group_advantages
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import soft_overlong_penalty, token_weights
-from headwater.stages.common import check_pool, count_sampled, rollout_metrics, rows_of
+from headwater.stages.common import check_pool, count_sampled, grade_sharded, rollout_metrics, rows_of
 from headwater.types import Grade, Problem, Rollout, Verdict
 from headwater.update import AdamW, Loss, Term, learning_rate, update
 
@@ -46,8 +46,7 @@ def train(
         raise ValueError(
             f"kl_coef = {settings.kl_coef} and {'a' if reference else 'no'} reference: give both or neither"
         )
-    ex, mesh = run.execution, run.mesh
-    sampler = TransformersSampler(policy, max_tokens=ex.sampler_tokens)
+    sampler = TransformersSampler(policy, max_tokens=run.execution.sampler_tokens, mesh=run.mesh)
     optimizer = AdamW(policy, settings.optimizer)
 
     for step in range(run.restore(optimizer), settings.steps):
@@ -55,8 +54,8 @@ def train(
         drawn = streams.epoch_order(
             problems, step * settings.problems_per_step, settings.problems_per_step, "grpo", seed
         )
-        groups, redrawn = _live_groups(settings, mesh.shard(drawn), problems, sampler, grade, (seed, step), run)
-        run.ledger.reveal(step, mesh.gather([p.id for p, _, _ in groups + redrawn]))
+        groups, redrawn = _live_groups(settings, drawn, problems, sampler, grade, (seed, step), run)
+        run.ledger.reveal(step, [p.id for p, _, _ in groups + redrawn])
         batch, rewards = _batch(settings, groups)
         metrics = _update_epochs(settings, policy, optimizer, batch, reference, step, run)
 
@@ -74,8 +73,8 @@ def train(
             },
         )
         run.show(step, rollouts, verdicts)
-        run.save_if_due(step + 1, settings.steps, optimizer)
         run.evaluate_if_due(step + 1)
+        run.save_if_due(step + 1, settings.steps, optimizer)
     return optimizer
 
 
@@ -103,7 +102,7 @@ def policy_loss(settings: GRPO, execution: Execution, vocab_size: int, denominat
             ratio=settings.ratio,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
-            sampler_weight_cap=settings.sampler_weight_cap,
+            sampler_weight_cap=settings.sampler_weight_cap or None,
         )
         terms = [Term(total, denominator)]
         if "reference" in fields:
@@ -166,7 +165,7 @@ def _sample_groups(
         rollouts = sampler.sample(problems, sampling)
     count_sampled(run, sampler.model, rollouts, size)
     with run.meter.timed("graded"):
-        verdicts = grade([(problems[i // size], r.text) for i, r in enumerate(rollouts)])
+        verdicts = grade_sharded(grade, [(problems[i // size], r.text) for i, r in enumerate(rollouts)], run.mesh)
     return [
         (p, rollouts[i * size : (i + 1) * size], verdicts[i * size : (i + 1) * size]) for i, p in enumerate(problems)
     ]
@@ -210,17 +209,18 @@ def _update_epochs(
     """
     ex = run.execution
     view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
+    parts = [part.shard(run.mesh) for part in _parts(batch, settings)]
     with run.meter.timed("scored"):
         if settings.updates_per_batch > 1:
-            batch = batch.with_fields(old=score_tokens(policy, batch, view))
+            parts = [part.with_fields(old=score_tokens(policy, part, view)) for part in parts]
             run.meter.add("scored", batch.num_tokens, policy.num_parameters)
         if reference is not None:
-            batch = batch.with_fields(reference=score_tokens(reference, batch, view))
+            parts = [part.with_fields(reference=score_tokens(reference, part, view)) for part in parts]
             run.meter.add("scored", batch.num_tokens, reference.num_parameters)
     lr = learning_rate(settings.optimizer, step, settings.steps)
     observed: list[dict[str, float]] = []
     with run.meter.timed("trained"), run.guarded():
-        for part in _parts(batch, settings):
+        for part in parts:
             part, denominator = weigh(part, settings, run.mesh)
             micros = micro_batches(part, max_tokens=ex.micro_batch_tokens, device=policy.device)
             loss = policy_loss(settings, ex, policy.vocab_size, denominator)
@@ -235,14 +235,18 @@ def _update_epochs(
                     mesh=run.mesh,
                 )
             )
-            run.meter.add("trained", part.num_tokens, policy.num_parameters)
-    return {name: sum(m[name] for m in observed) / len(observed) for name in observed[0]}
+        run.meter.add("trained", batch.num_tokens, policy.num_parameters)
+    return {
+        name: max(m[name] for m in observed) if name.endswith("_max") else sum(m[name] for m in observed) / len(parts)
+        for name in observed[0]
+    }
 
 
 def weigh(batch: Batch, settings: GRPO, mesh: Mesh) -> tuple[Batch, float]:
     """The batch with its token weights, and their denominator over all ranks."""
-    lengths = torch.tensor(batch.lengths)
-    keep = torch.tensor([bool(f.all()) for f in batch.fields["finished"]]) if settings.overlong == "mask" else None
+    lengths = torch.tensor(batch.lengths, dtype=torch.long)  # named, because a rank may have no rows
+    finished = torch.tensor([bool(f.all()) for f in batch.fields["finished"]], dtype=torch.bool)
+    keep = finished if settings.overlong == "mask" else None
     limit = settings.max_new_tokens if settings.aggregate == "constant" else None
     weights, denominator = token_weights(lengths, settings.aggregate, limit, keep=keep)
     total = float(mesh.all_sum(torch.tensor(denominator, dtype=torch.float64)))

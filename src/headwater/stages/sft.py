@@ -49,14 +49,13 @@ def train(
         rollouts = teacher_rollouts(settings, teacher=teacher, problems=problems, grade=grade, seed=seed, run=run)
 
     for step in range(first, settings.steps):
-        drawn = mesh.shard(streams.epoch_order(rollouts, step * per_step, per_step, "sft", seed))
+        drawn = streams.epoch_order(rollouts, step * per_step, per_step, "sft", seed)
         if settings.tokens == "solutions":
-            run.ledger.reveal(step, mesh.gather([r.problem_id for r in drawn]))
+            run.ledger.reveal(step, [r.problem_id for r in drawn])
         batch = Batch.of(drawn)
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
         batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
-        denominator = float(mesh.all_sum(torch.tensor(denominator, dtype=torch.float64)))
-        micros = micro_batches(batch, max_tokens=ex.micro_batch_tokens, device=student.device)
+        micros = micro_batches(batch.shard(mesh), max_tokens=ex.micro_batch_tokens, device=student.device)
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
@@ -66,8 +65,8 @@ def train(
 
         run.log(step, settings.steps, {**rollout_metrics(drawn), **metrics})
         run.show(step, drawn)
-        run.save_if_due(step + 1, settings.steps, optimizer)
         run.evaluate_if_due(step + 1)
+        run.save_if_due(step + 1, settings.steps, optimizer)
     return optimizer
 
 

@@ -45,15 +45,16 @@ def train(
         view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
         with run.meter.timed("scored"):
             pool = top_k_scores(teacher, pool, settings.stored_top_k, view)
+        if first == 0:
+            run.meter.add("scored", pool.num_tokens, teacher.num_parameters)
 
     for step in range(first, settings.steps):
-        rows = mesh.shard(streams.epoch_order(range(len(pool)), step * per_step, per_step, "warmup", seed))
+        rows = streams.epoch_order(range(len(pool)), step * per_step, per_step, "warmup", seed)
         batch = pool.take(rows)
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
         batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
-        denominator = float(mesh.all_sum(torch.tensor(denominator, dtype=torch.float64)))
         loss = dense_loss(settings, None if settings.stored_top_k else teacher, student.vocab_size, denominator, run)
-        micros = micro_batches(batch, max_tokens=ex.micro_batch_tokens, device=student.device)
+        micros = micro_batches(batch.shard(mesh), max_tokens=ex.micro_batch_tokens, device=student.device)
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
@@ -65,6 +66,6 @@ def train(
         shown = [rollouts[r] for r in rows]
         run.log(step, settings.steps, {**rollout_metrics(shown), **metrics})
         run.show(step, shown)
-        run.save_if_due(step + 1, settings.steps, optimizer)
         run.evaluate_if_due(step + 1)
+        run.save_if_due(step + 1, settings.steps, optimizer)
     return optimizer
