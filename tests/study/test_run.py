@@ -1,0 +1,217 @@
+"""A miniature study end to end: results, bills, resuming, executors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Done  # pyright: ignore[reportMissingImports]
+from safetensors.torch import load_file
+
+from headwater.config import load_recipe
+from headwater.stages.node import Job, run_node
+from headwater.store import Store
+from headwater.study.executors import Event
+from headwater.study.graph import plan
+from headwater.study.run import run
+
+EVALUATION = {"avg@k", "k", "num_problems", "pass@k", "parsed", "truncated", "reasons", "styles", "per_problem"}
+
+
+def check_evaluation(row: dict[str, Any], out: Path) -> None:
+    assert set(row) == EVALUATION and (row["k"], row["num_problems"]) == (2, 4)
+    assert set(row["pass@k"]) == {"1", "2"} and row["pass@k"]["1"] == pytest.approx(row["avg@k"])
+    scores = json.loads((out / row["per_problem"]).read_text())
+    assert len(scores) == 4 and sum(scores.values()) / 4 == pytest.approx(row["avg@k"])
+    assert sum(row["reasons"].values()) == 8
+
+
+def test_results_have_the_documented_shape(done: Done):
+    found = json.loads((done.out / "results.json").read_text())
+    assert found == done.results
+    assert set(found) == {"schema", "recipe", "models", "arms", "comparisons", "study"}
+    assert (found["schema"], found["recipe"]) == (1, "miniature")
+    assert set(found["arms"]) == {"direct", "bridge", "finished"}
+    for arm in found["arms"].values():
+        assert set(arm) == {"seeds", "summary"} and set(arm["seeds"]) == {"0"}
+        row = arm["seeds"]["0"]
+        assert set(row) == {"stages", "labels", "cost", "evals"}
+        assert set(row["labels"]) == {"distinct", "revealed"}
+        assert set(row["cost"]) == {"tokens", "flops", "seconds"} and row["cost"]["seconds"] > 0
+        check_evaluation(row["evals"]["rows"], done.out)
+        summary = arm["summary"]["rows"]
+        assert set(summary) == {"mean", "ci95", "over"} and summary["over"] == "problems"
+        assert summary["mean"] == pytest.approx(row["evals"]["rows"]["avg@k"])
+        assert summary["ci95"][0] <= summary["mean"] <= summary["ci95"][1]
+    for row in found["comparisons"]:
+        keys = {"a", "b", "task", "difference", "ci95", "p_adjusted", "num_seeds", "over", "verdict"}
+        assert set(row) == keys and row["verdict"] in ("a better", "b better", "not distinguishable")
+    means = {name: arm["summary"]["rows"]["mean"] for name, arm in found["arms"].items()}
+    assert found["comparisons"][0]["difference"] == pytest.approx(means["bridge"] - means["direct"])
+
+
+def test_base_models_and_stages_on_the_way_are_models(done: Done):
+    models, arms = done.results["models"], done.results["arms"]
+    teacher, warmup, _ = arms["bridge"]["seeds"]["0"]["stages"]
+    assert {key: row["role"] for key, row in models.items()} == {
+        "student": "base student",
+        "teacher": "base teacher",
+        teacher: "trained teacher",
+        warmup: "student after warmup",
+    }
+    for row in models.values():
+        check_evaluation(row["evals"]["0"]["rows"], done.out)
+
+
+def test_bills(done: Done):
+    """An arm pays the union over its stages, the study pays every stage once."""
+    arms, study = done.results["arms"], done.results["study"]
+    rows = {name: arm["seeds"]["0"] for name, arm in arms.items()}
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row["stages"]))
+    reveals = {
+        key: [(r["step"], r["problem"]) for r in map(json.loads, path.read_text().splitlines())]
+        for key in keys
+        if (path := done.store.path(key) / "ledger.jsonl").exists()
+    }
+    direct, bridge, finished = (rows[name]["stages"] for name in ("direct", "bridge", "finished"))
+    assert set(reveals) == {direct[0], bridge[0], finished[3]}, "dense stages reveal nothing"
+    assert all(len(r) == 4 for r in reveals.values())
+    for row in rows.values():
+        seen = [problem for key in row["stages"] for _, problem in reveals.get(key, [])]
+        assert row["labels"] == {"distinct": len(set(seen)), "revealed": len(seen)}
+        assert row["labels"]["revealed"] == 4 * sum(key in reveals for key in row["stages"])
+    once = [problem for r in reveals.values() for _, problem in r]
+    assert study["labels"] == {"distinct": len(set(once)), "revealed": 12}
+    assert (
+        (study["stages_trained"], study["stages_requested"])
+        == (5, 8)
+        == (len(keys), sum(map(len, [*map(lambda r: r["stages"], rows.values())])))
+    )
+    meters = {key: done.store.outcome(key)["meter"] for key in keys}
+
+    def flops(stages: list[str]) -> float:
+        return sum(role["flops"] for key in stages for role in meters[key].values())
+
+    assert study["cost"]["flops"] == pytest.approx(flops(keys))
+    assert rows["finished"]["cost"]["flops"] == pytest.approx(flops(finished)) > rows["bridge"]["cost"]["flops"]
+    trained = sum(meters[key]["trained"]["tokens"] for key in bridge)
+    assert rows["bridge"]["cost"]["tokens"]["trained"] == trained > 0
+
+
+def test_run_directory_explains_itself(done: Done):
+    graph = json.loads((done.out / "stages.json").read_text())
+    assert load_recipe(done.out / "recipe.toml") == load_recipe(done.recipe)
+    assert {"python", "packages", "device", "command"} <= set(json.loads((done.out / "environment.json").read_text()))
+    for name, row in done.results["arms"].items():
+        assert graph["arms"][name]["0"] == row["seeds"]["0"]["stages"]
+    for key, node in graph["nodes"].items():
+        copies = {path.name for path in (done.out / "nodes" / key).iterdir()}
+        assert {"spec.json", "done.json", "samples.jsonl"} <= copies
+        assert ("metrics.jsonl" in copies) == (node["kind"] == "stage")
+        assert "error.txt" not in {path.name for path in done.store.path(key).iterdir()}
+
+
+def test_events_tell_every_step(done: Done):
+    order = [
+        (e.kind, e.step, e.steps)
+        for e in done.events
+        if e.key == done.results["arms"]["direct"]["seeds"]["0"]["stages"][0]
+    ]
+    assert order == [("started", 0, 0), ("step", 1, 2), ("step", 2, 2), ("done", 0, 0)]
+    assert sum(e.kind == "done" for e in done.events) == 5 + 7
+
+
+def test_training_changed_the_weights(done: Done):
+    chain = done.results["arms"]["finished"]["seeds"]["0"]["stages"]
+    student = [load_file(done.recipe.parent / "student" / "model.safetensors")]
+    student += [load_file(done.store.model(key) / "model.safetensors") for key in chain[1:]]
+    for before, after in zip(student, student[1:], strict=False):
+        assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_a_second_run_trains_nothing_and_finds_the_same(done: Done):
+    events: list[Event] = []
+    found = run(load_recipe(done.recipe), done.out, done.store, on_event=events.append)
+    assert events == [] and found == done.results
+
+
+def test_another_executor_reuses_the_store(done: Done, tmp_path: Path):
+    events: list[Event] = []
+    changed = load_recipe(done.recipe, ["execution.executor=local:2", "execution.micro_batch_tokens=64"])
+    found = run(changed, tmp_path, done.store, on_event=events.append)
+    assert events == []
+    assert {k: v for k, v in found.items() if k != "models"} == {k: v for k, v in done.results.items() if k != "models"}
+
+
+def test_a_new_arm_trains_only_what_is_new(done: Done, tmp_path: Path):
+    events: list[Event] = []
+    changes = ["arms.lean={teacher='rl', bridge='warmup'}", "arms.opd={teacher='rl', bridge='opd'}"]
+    found = run(load_recipe(done.recipe, changes), tmp_path, done.store, on_event=events.append)
+    # "lean" ends where "bridge" passes through; "opd" needs one stage, and that stage one evaluation.
+    assert [e.kind for e in events].count("done") == 2
+    assert found["arms"]["lean"]["seeds"]["0"]["stages"] == found["arms"]["bridge"]["seeds"]["0"]["stages"][:2]
+    assert found["arms"]["bridge"] == done.results["arms"]["bridge"]
+
+
+def test_two_processes_give_the_same_numbers(done: Done, tmp_path: Path):
+    recipe = load_recipe(done.recipe, ["execution.executor=local:2"])
+    events: list[Event] = []
+    found = run(recipe, tmp_path / "out", Store(tmp_path / "store"), on_event=events.append)
+    assert sum(e.kind == "done" for e in events) == 12 and not any(e.kind == "failed" for e in events)
+    for name, arm in done.results["arms"].items():
+        ours, theirs = arm["seeds"]["0"], found["arms"][name]["seeds"]["0"]
+        assert (ours["stages"], ours["labels"], ours["evals"]) == (theirs["stages"], theirs["labels"], theirs["evals"])
+        assert ours["cost"]["tokens"] == theirs["cost"]["tokens"]
+        for key in ours["stages"]:
+            weights = [load_file(s.model(key) / "model.safetensors") for s in (done.store, Store(tmp_path / "store"))]
+            assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert [c["difference"] for c in found["comparisons"]] == [c["difference"] for c in done.results["comparisons"]]
+
+
+def test_the_directory_of_another_recipe_is_refused(done: Done):
+    before = (done.out / "recipe.toml").read_text()
+    with pytest.raises(ValueError, match=r"run of another recipe \(pool, stages differ\): choose another --out"):
+        run(load_recipe(done.recipe, ["pool.labels=9", "stages.distill.steps=3"]), done.out, done.store)
+    assert (done.out / "recipe.toml").read_text() == before
+
+
+def test_seeds_are_rows_of_the_statistics(done: Done, tmp_path: Path):
+    changes = ["seeds=[0, 1]", "evaluations.rows.samples=2"]
+    recipe = load_recipe(done.recipe, changes).model_copy(update={"comparisons": ()})
+    found = run(recipe, tmp_path, done.store)
+    direct = found["arms"]["direct"]
+    assert set(direct["seeds"]) == {"0", "1"} and found["comparisons"] == []
+    assert direct["seeds"]["0"] == done.results["arms"]["direct"]["seeds"]["0"] != direct["seeds"]["1"]
+    values = [row["evals"]["rows"]["avg@k"] for row in direct["seeds"].values()]
+    assert direct["summary"]["rows"]["mean"] == pytest.approx(sum(values) / 2)
+
+
+def test_evaluating_during_training_changes_nothing(done: Done, tmp_path: Path):
+    recipe = load_recipe(done.recipe, ["execution.eval_every=1", "execution.eval_problems=2"])
+    graph = plan(recipe)
+    key = graph.arms["direct"][0][0]
+    node: Any = graph.nodes[key]
+    store = Store(tmp_path)
+    run_node(Job(node, recipe.execution, graph.monitors[0]), store)
+    curve = [json.loads(line) for line in (store.path(key) / "evals.jsonl").read_text().splitlines()]
+    assert [row["updates"] for row in curve] == [1, 2] and all(0 <= row["eval/avg@k"] <= 1 for row in curve)
+    ours, theirs = (load_file(s.model(key) / "model.safetensors") for s in (store, done.store))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_failed_node_costs_only_itself(mini: Path, tmp_path: Path):
+    """The message names the node, what was done stays done, and the next run goes on."""
+    store = Store(tmp_path / "store")
+    recipe = load_recipe(mini)
+    graph = plan(recipe)
+    warmup = graph.arms["bridge"][0][1]
+    store.path(warmup).mkdir(parents=True)
+    (store.path(warmup) / "rollouts.jsonl").write_text("torn")
+    with pytest.raises(ValueError, match=f"warmup {warmup}"):
+        run(recipe, tmp_path / "out", store)
+    assert "Traceback" in (store.path(warmup) / "error.txt").read_text()
+    assert store.is_done(graph.arms["direct"][0][0]) and store.is_done(graph.arms["bridge"][0][0])
+    (store.path(warmup) / "rollouts.jsonl").unlink()
+    assert set(run(recipe, tmp_path / "out", store)["arms"]) == {"direct", "bridge", "finished"}
+    assert not (store.path(warmup) / "error.txt").exists()
