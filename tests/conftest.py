@@ -61,8 +61,8 @@ def tiny_directory(pretrain_world: ModuleType, tmp_path_factory: pytest.TempPath
 def make_model(pretrain_world: ModuleType, tokenizer: PreTrainedTokenizerBase) -> MakeModel:
     """A random model in memory: `make_model(seed, rung="32x2", dtype=..., scale=..., trained=..., stops=..., ...)`.
 
-    `scale` multiplies the initial embeddings, hence the logits: larger is more sharply peaked. The head has rows beyond
-    the tokenizer's.
+    `scale` multiplies the initial matrices: peaked distributions that depend on all of the context. The head has rows
+    beyond the tokenizer's.
     """
 
     def make(
@@ -70,7 +70,7 @@ def make_model(pretrain_world: ModuleType, tokenizer: PreTrainedTokenizerBase) -
         rung: str = "32x2",
         *,
         dtype: torch.dtype = torch.float32,
-        scale: float = 10.0,
+        scale: float = 3.0,
         trained: bool = True,
         stops: tuple[str, ...] = STOPS,
         compute: str = "float32",
@@ -78,7 +78,9 @@ def make_model(pretrain_world: ModuleType, tokenizer: PreTrainedTokenizerBase) -
     ) -> LanguageModel:
         module = pretrain_world.build_model(rung, tokenizer, seed).to(dtype).eval().requires_grad_(trained)
         with torch.no_grad():
-            module.get_input_embeddings().weight.mul_(scale)
+            for parameter in module.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(scale)
         config = ModelConfig.model_validate(
             {"source": f"random:{seed}", "dtype": compute, "stop_tokens": stops, "template": template}
         )

@@ -110,7 +110,7 @@ def assert_same_weights(a: dict, b: dict, atol: float = 1e-10) -> None:
 
 @pytest.fixture(scope="module")
 def model64(make_model) -> LanguageModel:
-    return make_model(0, dtype=torch.float64, scale=3.0, stops=())
+    return make_model(0, dtype=torch.float64, stops=())
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
