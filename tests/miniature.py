@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+HEADWATER = [sys.executable, "-c", "from headwater.cli import app; app()"]
 GRADER = '''
 from headwater.types import Verdict
 
@@ -132,8 +134,6 @@ def write(root: Path) -> Path:
 
 def without_time(text: str) -> list[str]:
     """Lines of a metrics file with the clock taken out."""
-    import json
-
     return [json.dumps({k: v for k, v in json.loads(line).items() if k != "time"}) for line in text.splitlines()]
 
 
