@@ -1,0 +1,142 @@
+import json
+
+import pytest
+import torch
+
+from headwater.config import GRPO, Execution
+from headwater.rollouts.sampler import TransformersSampler
+from headwater.run import StageRun
+from headwater.stages import grpo
+from headwater.types import Problem, Rollout, Verdict
+
+OPTIMIZER = {"lr": 1e-3}
+
+
+def settings(**changes) -> GRPO:
+    base = {"steps": 1, "max_new_tokens": 6, "problems_per_step": 4, "group_size": 2, "optimizer": OPTIMIZER}
+    return GRPO.model_validate(base | changes)
+
+
+def rollout(length: int, finished: bool = True) -> Rollout:
+    return Rollout("p", 0, [1, 2], [3] * length, [-0.5 * (i + 1) for i in range(length)], "", finished, 0)
+
+
+def verdict(score: float) -> Verdict:
+    return Verdict(score == 1, True, "correct" if score == 1 else "wrong", score)
+
+
+def group(problem: Problem, *rows: tuple[int, float]) -> grpo.Group:
+    """Rows are (completion length, score)."""
+    return problem, [rollout(n, n < 6) for n, _ in rows], [verdict(score) for _, score in rows]
+
+
+def test_batch_by_hand(problems):
+    groups = [group(problems[0], (2, 1.0), (3, 0.0)), group(problems[1], (1, 0.0), (6, 0.0))]
+    batch, rewards = grpo._batch(settings(), groups)
+    assert rewards.tolist() == [[1, 0], [0, 0]] and batch.lengths == [2, 3, 1, 6]
+    # Mean 0.5, sample standard deviation 1 / sqrt(2).
+    a = 0.5 / (0.5**0.5 + 1e-6)
+    assert torch.cat(batch.fields["advantages"]).tolist() == pytest.approx([a] * 2 + [-a] * 3 + [0.0] * 7)
+    assert batch.fields["sampler"][1].tolist() == [-0.5, -1.0, -1.5]
+    assert [f.tolist() for f in batch.fields["finished"]] == [[True] * 2, [True] * 3, [True], [False] * 6]
+    # Penalty of lengths 1..6 with a buffer of 2 before 6: 0, 0, 0, 0, -1/2, -1. Only advantages see it.
+    batch, rewards = grpo._batch(settings(overlong="penalty", overlong_buffer=2, advantage="mean"), groups)
+    assert rewards.tolist() == [[1, 0], [0, 0]]
+    assert torch.cat(batch.fields["advantages"]).tolist() == pytest.approx([0.5] * 2 + [-0.5] * 3 + [0.5] + [-0.5] * 6)
+
+
+def test_parts_are_disjoint_and_keep_groups_whole(problems):
+    batch, _ = grpo._batch(settings(), [group(p, (i + 1, 1.0), (i + 1, 0.0)) for i, p in enumerate(problems[:5])])
+    parts = grpo._parts(batch, settings(updates_per_batch=2))
+    assert [part.lengths for part in parts] == [[1, 1, 3, 3, 5, 5], [2, 2, 4, 4]]
+
+
+def test_dead_groups_are_replaced_and_every_answer_used_is_on_the_ledger(make_model, problems, tmp_path):
+    """Only the groups of the last four problems can live."""
+    pool = problems[:12]
+    live = {p.id for p in pool[8:]}
+
+    def grade(pairs: list[tuple[Problem, str]]) -> list[Verdict]:
+        return [verdict(float(p.id in live and i % 2)) for i, (p, _) in enumerate(pairs)]
+
+    model = make_model(0)
+    run = StageRun(tmp_path)
+    sampler = TransformersSampler(model)
+    chosen = settings(redraws=1)
+    groups, redrawn = grpo._live_groups(chosen, list(pool[:4]), pool, sampler, grade, (0, 0), run)
+    assert {p.id for p, _, _ in redrawn} == {p.id for p in pool[:4]} and len(groups) == 4
+    first = {p.id for p, _, _ in groups}
+    assert not first & {p.id for p in pool[:4]} and 0 < len(first & live) < 4
+    # More rounds find more, until the pool has no fresh problem left.
+    groups, redrawn = grpo._live_groups(settings(redraws=9), list(pool[:4]), pool, sampler, grade, (0, 0), run)
+    assert {p.id for p, _, _ in groups} <= live and len(groups) == 4
+    seen = [p.id for p, _, _ in groups + redrawn]
+    assert len(seen) == len(set(seen))
+    nothing = lambda pairs: [verdict(0.0) for _ in pairs]  # noqa: E731
+    groups, redrawn = grpo._live_groups(settings(redraws=9), list(pool[:4]), pool, sampler, nothing, (0, 0), run)
+    assert (len(groups), len(redrawn)) == (4, 8)
+
+    grpo.train(settings(redraws=9), policy=model, problems=pool, grade=grade, seed=0, run=run)
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert row["reward/groups_redrawn"] > 0 and row["reward/frac_groups_zero_std"] == 0
+    assert row["ledger/labels"] == 4 + row["reward/groups_redrawn"] == run.ledger.revealed
+
+
+def test_on_policy_step_has_ratio_one_and_sampler_and_trainer_agree(make_model, problems, parity_grade, tmp_path):
+    for updates, temperature in ((1, 1.0), (1, 0.7), (2, 1.0)):
+        run = StageRun(tmp_path / f"{updates}-{temperature}")
+        chosen = settings(updates_per_batch=updates, temperature=temperature, problems_per_step=6)
+        grpo.train(chosen, policy=make_model(0), problems=problems, grade=parity_grade, seed=0, run=run)
+        (row,) = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        assert row["policy/sampler_mismatch_max"] < 1e-4 and row["policy/sampler_mismatch_kl"] < 1e-9
+        assert row["policy/sampler_weight"] == pytest.approx(1, abs=1e-5)
+        if updates == 1:
+            assert row["policy/ratio"] == 1 and row["optim/grad_norm"] > 0
+        else:
+            assert row["policy/ratio"] != 1 and row["policy/ratio"] == pytest.approx(1, abs=0.1)
+
+
+def test_an_answer_is_on_the_ledger_before_the_weights_change(
+    make_model, problems, parity_grade, tmp_path, monkeypatch
+):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo, "update", stop)
+    run = StageRun(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train(settings(), policy=make_model(0), problems=problems, grade=parity_grade, seed=0, run=run)
+    assert run.ledger.revealed == 4 and len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 4
+
+
+def test_epochs_cross_without_losing_or_repeating_a_problem(make_model, problems, parity_grade, tmp_path):
+    """5 problems, 4 a step, 5 steps: every problem four times; at a border one may be drawn twice in a step."""
+    run = StageRun(tmp_path, execution=Execution())
+    pool = problems[:5]
+    seen: list[tuple[str, int, tuple[int, ...]]] = []
+    sample = TransformersSampler.sample
+
+    def spy(self, *args, **kwargs):
+        out = sample(self, *args, **kwargs)
+        seen.extend((r.problem_id, r.policy_version, tuple(r.completion_ids)) for r in out)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformersSampler, "sample", spy)
+        grpo.train(settings(steps=5), policy=make_model(0), problems=pool, grade=parity_grade, seed=0, run=run)
+    counts = {p.id: sum(i == p.id for i, _, _ in seen) for p in pool}
+    assert set(counts.values()) == {8}
+    assert len({(i, v, c) for i, v, c in seen}) > 0.9 * len(seen)
+
+
+def test_what_cannot_work_is_refused(make_model, problems, parity_grade, tmp_path):
+    model = make_model(0)
+    shared = {"policy": model, "grade": parity_grade, "seed": 0, "run": StageRun(tmp_path)}
+    with pytest.raises(ValueError, match="a step needs 4 problems but the pool has 3"):
+        grpo.train(settings(), problems=problems[:3], **shared)
+    with pytest.raises(ValueError, match="1 of 5 problems have no answer"):
+        grpo.train(settings(), problems=[*problems[:4], problems[5].unlabelled()], **shared)
+    with pytest.raises(ValueError, match=r"kl_coef = 0.0 and a reference: give both or neither"):
+        grpo.train(settings(), problems=problems, reference=model, **shared)
+    with pytest.raises(ValueError, match=r"kl_coef = 0.5 and no reference"):
+        grpo.train(settings(kl_coef=0.5), problems=problems, **shared)

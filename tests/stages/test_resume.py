@@ -1,0 +1,134 @@
+"""A stage that was stopped and resumed is bit for bit the one that never stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headwater.config import GRPO, SFT, Distill, Execution, Warmup
+from headwater.run import StageRun
+from headwater.stages import distill, grpo, sft, warmup
+
+STEPS = 5
+METHOD = {"steps": STEPS, "max_new_tokens": 8, "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 2}}
+ROLLOUTS = METHOD | {"sequences_per_step": 4}
+STUDENT = METHOD | {"problems_per_step": 5, "group_size": 2}
+CASES = {
+    "grpo": GRPO.model_validate(METHOD | {"problems_per_step": 5, "group_size": 3}),
+    "grpo with everything": GRPO.model_validate(
+        METHOD
+        | {"problems_per_step": 4, "group_size": 2, "redraws": 2, "kl_coef": 0.1, "updates_per_batch": 2}
+        | {"overlong": "penalty", "overlong_buffer": 3, "temperature": 0.8, "aggregate": "sequence"}
+    ),
+    "warmup": Warmup.model_validate(ROLLOUTS),
+    "warmup stored top-k": Warmup.model_validate(ROLLOUTS | {"stored_top_k": 4, "rollouts_per_problem": 2}),
+    "warmup correct": Warmup.model_validate(ROLLOUTS | {"keep": "correct", "rollouts_per_problem": 3}),
+    "distill": Distill.model_validate(STUDENT | {"divergence": "reverse_kl"}),
+    "distill jsd": Distill.model_validate(STUDENT | {"divergence": "jsd", "beta": 0.3}),
+    "distill sampled": Distill.model_validate(STUDENT | {"divergence": "sampled_token"}),
+    "sft": SFT.model_validate(ROLLOUTS | {"keep": "wrong", "rollouts_per_problem": 3}),
+    "sft solutions": SFT.model_validate(ROLLOUTS | {"tokens": "solutions"}),
+}
+
+
+class Stop(Exception):
+    pass
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int | None, compute: str):
+    """The trained model and run, or None where it was stopped after `stop` steps. All objects are new."""
+
+    def on_log(done: int, steps: int, metrics: dict[str, float]) -> None:
+        assert steps == STEPS
+        if done == stop:
+            raise Stop
+
+    model = make_model(0, compute=compute)
+    other = make_model(1, "48x2" if not isinstance(settings, GRPO) else "32x2", trained=False)
+    run = StageRun(
+        directory,
+        execution=Execution(save_every=2, eval_every=2, micro_batch_tokens=200),
+        on_log=on_log,
+        evaluate=lambda done: {"norm": model.head.detach().norm().item()},
+    )
+    shared = {"problems": problems[:7], "seed": 3, "run": run}
+    try:
+        match settings:
+            case GRPO():
+                reference = other if settings.kl_coef else None
+                grpo.train(settings, policy=model, grade=grade, reference=reference, **shared)
+            case Distill():
+                distill.train(settings, student=model, teacher=other, **shared)
+            case Warmup():
+                warmup.train(settings, student=model, teacher=other, grade=grade, **shared)
+            case SFT():
+                teacher = other if settings.tokens == "teacher" else None
+                sft.train(settings, student=model, teacher=teacher, grade=grade, **shared)
+    except Stop:
+        return None
+    return model, run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, tmp_path):
+    solved = [type(p)(p.messages, p.answer, {"solution": f"{p.answer}."}) for p in problems]
+    compute = "bfloat16" if name in ("distill", "grpo with everything") else "float32"
+
+    def go(directory: str, stop: int | None = None):
+        settings = CASES[name]
+        return attempt(settings, make_model, solved, parity_grade, tmp_path / directory, stop=stop, compute=compute)
+
+    straight = go("straight")
+    # Before the first checkpoint (of step 2), right after the second, and a step later.
+    assert [go("stopped", stop) for stop in (1, 4, 5)] == [None] * 3
+    resumed = go("stopped")
+    assert straight is not None and resumed is not None
+
+    start = dict(make_model(0, compute=compute).module.named_parameters())
+    for (key, want), got in zip(straight[0].module.named_parameters(), resumed[0].module.parameters(), strict=True):
+        assert torch.equal(want, got), key
+    assert any(not torch.equal(p, start[n].to(p.dtype)) for n, p in straight[0].module.named_parameters())
+
+    for file in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "ledger.jsonl"):
+        want, got = (lines(tmp_path / d / file) for d in ("straight", "stopped"))
+        for row in want + got:
+            row.pop("time", None)
+        assert got == want, file
+        assert want or file == "ledger.jsonl"
+    assert [row["step"] for row in lines(tmp_path / "stopped" / "metrics.jsonl")] == list(range(STEPS))
+    assert [row["updates"] for row in lines(tmp_path / "stopped" / "evals.jsonl")] == [2, 4]
+
+    for role, row in straight[1].meter.state().items():
+        got = resumed[1].meter.state()[role]
+        assert (got["tokens"], got["flops"]) == (row["tokens"], row["flops"]), role
+    assert straight[1].meter.state().keys() == resumed[1].meter.state().keys()
+    assert straight[1].ledger.revealed == resumed[1].ledger.revealed
+    labels = {"grpo", "grpo with everything", "warmup correct", "sft", "sft solutions"}
+    assert (straight[1].ledger.revealed > 0) == (name in labels)
+    if name == "grpo with everything":
+        assert sum(row["reward/groups_redrawn"] for row in lines(tmp_path / "stopped" / "metrics.jsonl")) > 0
+
+
+def test_training_does_not_depend_on_execution_settings(make_model, problems, parity_grade, tmp_path):
+    """Other cuts of batches give the same run up to rounding; evaluating and saving more often changes nothing."""
+    settings = CASES["grpo"].model_copy(update={"steps": 2})
+    results = []
+    for i, execution in enumerate(
+        (
+            Execution(),
+            Execution(save_every=1, eval_every=1),
+            Execution(micro_batch_tokens=50, sampler_tokens=100, chunk_tokens=3),
+        )
+    ):
+        model = make_model(0, dtype=torch.float64)
+        run = StageRun(tmp_path / str(i), execution=execution, evaluate=lambda done: {})
+        grpo.train(settings, policy=model, problems=problems[:7], grade=parity_grade, seed=3, run=run)
+        results.append(list(model.module.parameters()))
+    for a, b, c in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-7)
