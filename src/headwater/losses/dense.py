@@ -19,9 +19,13 @@ from headwater.losses.numerics import (
     LOGPROB_FLOOR,
     Loss,
     accurate_dtype,
+    add_product,
     check_projection,
+    first_rows,
     matmul,
     matmul_dtype,
+    padded_rows,
+    with_columns,
 )
 from headwater.losses.projection import scaled_logits
 from headwater.scoring.scores import HiddenScores, TopKScores
@@ -137,15 +141,17 @@ def _sum_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The weighted sum, four metric totals, and the gradients asked for with respect to hidden, head and bias."""
     multiply, out = matmul_dtype(hidden, head), accurate_dtype(hidden)
-    cut, cut_bias = head[:rows].to(multiply), None if bias is None else bias[:rows]
+    wide = padded_rows(rows, head)
+    cut, cut_bias = first_rows(head, wide, multiply), None if bias is None else bias[:rows]
+    teacher_cut = first_rows(teacher.head, wide, teacher.head.dtype) if isinstance(teacher, HiddenScores) else cut
     total, statistics = torch.zeros((), dtype=out, device=hidden.device), weights.new_zeros(4, dtype=out)
     grad_hidden = torch.zeros_like(hidden) if wants[0] else None
-    grad_head = torch.zeros_like(head, dtype=out) if wants[1] else None
+    grad_head = head.new_zeros(max(len(head), wide), head.shape[1], dtype=out) if wants[1] else None
     grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants[2] else None
     for part in weights.nonzero()[:, 0].split(chunk_tokens):
-        log_q = scaled_logits(hidden[part], cut, cut_bias, temperature, multiply, out).log_softmax(1)
+        log_q = scaled_logits(hidden[part], cut, cut_bias, rows, temperature, multiply, out).log_softmax(1)
         if isinstance(teacher, HiddenScores):
-            log_p = _teacher_log_softmax(teacher, part, temperature, rows, out)
+            log_p = _teacher_log_softmax(teacher, part, teacher_cut, temperature, rows, out)
             value, grad, metrics = _value_and_gradient(log_p, log_q, kind, beta)
         else:
             value, grad, metrics = _bucketed(teacher, part, log_q, kind, beta)
@@ -155,13 +161,14 @@ def _sum_and_gradients(
         if not any(wants):
             continue
         grad *= scale[:, None] / temperature
+        if grad_bias is not None:
+            grad_bias[:rows] += grad.sum(0)
+        grad = with_columns(grad, wide, multiply)
         if grad_hidden is not None:
             grad_hidden[part] = matmul(grad, cut, multiply).to(hidden.dtype)
         if grad_head is not None:
-            grad_head[:rows] += matmul(grad.T, hidden[part], multiply)
-        if grad_bias is not None:
-            grad_bias[:rows] += grad.sum(0)
-    grad_head = None if grad_head is None else grad_head.to(head.dtype)
+            add_product(grad_head[:wide], grad.T, hidden[part], multiply)
+    grad_head = None if grad_head is None else grad_head[: len(head)].to(head.dtype)
     return (
         total,
         statistics,
@@ -172,11 +179,11 @@ def _sum_and_gradients(
 
 
 def _teacher_log_softmax(
-    teacher: HiddenScores, part: Tensor, temperature: float, rows: int, out: torch.dtype
+    teacher: HiddenScores, part: Tensor, head: Tensor, temperature: float, rows: int, out: torch.dtype
 ) -> Tensor:
     multiply = matmul_dtype(teacher.hidden, teacher.head)
     bias = None if teacher.bias is None else teacher.bias[:rows]
-    return scaled_logits(teacher.hidden[part], teacher.head[:rows], bias, temperature, multiply, out).log_softmax(1)
+    return scaled_logits(teacher.hidden[part], head, bias, rows, temperature, multiply, out).log_softmax(1)
 
 
 def _expect(probability: Tensor, values: Tensor) -> Tensor:

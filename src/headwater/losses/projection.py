@@ -9,7 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from headwater.losses.numerics import accurate_dtype, check_projection, matmul, matmul_dtype
+from headwater.losses.numerics import (
+    accurate_dtype,
+    add_product,
+    check_projection,
+    first_rows,
+    matmul,
+    matmul_dtype,
+    padded_rows,
+    with_columns,
+)
 
 
 def token_logprobs(
@@ -41,10 +50,16 @@ def token_logprobs(
 
 
 def scaled_logits(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float, multiply: torch.dtype, out: torch.dtype
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    temperature: float,
+    multiply: torch.dtype,
+    out: torch.dtype,
 ) -> Tensor:
-    """(hidden @ head.T + bias) / temperature, multiplied in one dtype and returned in another."""
-    logits = matmul(hidden, head.T, multiply).to(out)
+    """(hidden @ head.T + bias) / temperature of the first `rows` tokens, multiplied in one dtype, returned in `out`."""
+    logits = matmul(hidden, head.T, multiply)[:, :rows].to(out)
     if bias is not None:
         logits = logits + bias.to(out)
     return logits if temperature == 1 else logits / temperature
@@ -63,11 +78,12 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         multiply, out = matmul_dtype(hidden, head), accurate_dtype(hidden)
-        cut, cut_bias = head[:rows].to(multiply), None if bias is None else bias[:rows]
+        cut = first_rows(head, padded_rows(rows, head), multiply)
+        cut_bias = None if bias is None else bias[:rows]
         normaliser, logprobs, entropy = (torch.empty(len(hidden), dtype=out, device=hidden.device) for _ in range(3))
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = scaled_logits(hidden[part], cut, cut_bias, temperature, multiply, out)
+            logits = scaled_logits(hidden[part], cut, cut_bias, rows, temperature, multiply, out)
             normaliser[part] = logits.logsumexp(1)
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
             entropy[part] = torch.special.entr((logits - normaliser[part, None]).exp()).sum(1)
@@ -82,26 +98,28 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logprobs = grads[0]
         hidden, head, bias, targets, normaliser = ctx.saved_tensors
         temperature, rows, chunk_tokens, multiply, out = ctx.settings
-        cut, cut_bias = head[:rows].to(multiply), None if bias is None else bias[:rows]
+        wide = padded_rows(rows, head)
+        cut, cut_bias = first_rows(head, wide, multiply), None if bias is None else bias[:rows]
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_head = torch.zeros_like(head, dtype=out) if wants_head else None
+        grad_head = head.new_zeros(max(len(head), wide), head.shape[1], dtype=out) if wants_head else None
         grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants_bias else None
         # Only rows with a gradient: a masked token's hidden state may hold NaN, and 0 * NaN would spread it.
         for part in grad_logprobs.nonzero()[:, 0].split(chunk_tokens):
-            logits = scaled_logits(hidden[part], cut, cut_bias, temperature, multiply, out)
+            logits = scaled_logits(hidden[part], cut, cut_bias, rows, temperature, multiply, out)
             slope = grad_logprobs[part, None].to(out) / temperature
             grad_logits = (logits - normaliser[part, None]).exp_().mul_(-slope)
             grad_logits.scatter_add_(1, targets[part, None], slope)
+            if grad_bias is not None:
+                grad_bias[:rows] += grad_logits.sum(0)
+            grad_logits = with_columns(grad_logits, wide, multiply)
             if grad_hidden is not None:
                 grad_hidden[part] = matmul(grad_logits, cut, multiply).to(hidden.dtype)
             if grad_head is not None:
-                grad_head[:rows] += matmul(grad_logits.T, hidden[part], multiply)
-            if grad_bias is not None:
-                grad_bias[:rows] += grad_logits.sum(0)
+                add_product(grad_head[:wide], grad_logits.T, hidden[part], multiply)
         return (
             grad_hidden,
-            None if grad_head is None else grad_head.to(head.dtype),
+            None if grad_head is None else grad_head[: len(head)].to(head.dtype),
             None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
             *(None,) * 4,
         )
