@@ -1,0 +1,372 @@
+"""Measures losses, sampling and training steps on one CUDA device; see benchmarks/README.md for what each number is.
+
+Run `benchmarks/gpu_suite.sh`. Models have the real shapes of Qwen3 and random weights: speed and memory do not depend
+on the values, and nothing has to be downloaded. `--tiny` runs every part in seconds, also on a CPU, to check the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from measure import (
+    TINY,
+    Row,
+    Scale,
+    build,
+    compile_layers,
+    median_seconds,
+    memory,
+    peak_memory,
+    reset_peak,
+    synchronize,
+    table,
+)
+from torch import Tensor
+
+from headwater.config import GRPO, Distill, Execution, Optimizer
+from headwater.losses import oracle
+from headwater.losses.dense import Divergence, dense_divergence
+from headwater.losses.projection import token_logprobs
+from headwater.mesh import Mesh
+from headwater.models.language_model import LanguageModel
+from headwater.rollouts.batch import Batch, micro_batches
+from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.run import StageRun
+from headwater.scoring.scores import HiddenScores, TopKScores
+from headwater.stages.common import dense_loss
+from headwater.stages.grpo import policy_loss
+from headwater.types import Message, Problem
+from headwater.update import AdamW, Loss, update
+
+
+def ceilings(scale: Scale) -> Row:
+    """What the device reaches: a square bfloat16 product of random data, and a copy counting bytes read and written."""
+    a, b = (torch.randn(scale.square, scale.square, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
+    product = median_seconds(lambda: a @ b, 20)
+    source = torch.randint(256, (scale.copy_bytes,), device=scale.device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = median_seconds(lambda: target.copy_(source))
+    return {"matmul_tflops": 2 * scale.square**3 / product / 1e12, "copy_gbs": 2 * scale.copy_bytes / copy / 1e9}
+
+
+def loss_inputs(tokens: int, scale: Scale, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random hidden states and heads whose logits have a standard deviation of about 4: peaked, as a model's are."""
+    (narrow, wide), device = scale.widths, scale.device
+
+    def head(width: int) -> Tensor:
+        return (torch.randn(scale.head_rows, width, device=device) * (4 / width**0.5)).to(dtype)
+
+    return {
+        "hidden": torch.randn(tokens, narrow, device=device, dtype=dtype).requires_grad_(),
+        "head": head(narrow).requires_grad_(),
+        "teacher_hidden": torch.randn(tokens, wide, device=device, dtype=dtype),
+        "teacher_head": head(wide),
+        "weights": torch.rand(tokens, device=device) + 0.5,
+        "targets": torch.randint(scale.vocab, (tokens,), device=device),
+    }
+
+
+@torch.no_grad()
+def top_k(x: dict[str, Tensor], vocab: int, k: int = 64) -> TopKScores:
+    parts = [
+        (h @ x["teacher_head"][:vocab].T).float().log_softmax(1).topk(min(k, vocab // 2))
+        for h in x["teacher_hidden"].split(1024)
+    ]
+    return TopKScores(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
+
+
+def ours(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None) -> Tensor:
+    """The weighted sum that the package computes from hidden states."""
+    if name == "token_logprobs":
+        logprobs, _ = token_logprobs(x["hidden"], x["head"], x["targets"], vocab_size=vocab)
+        return (x["weights"] * logprobs).sum()
+    scores = teacher or HiddenScores(x["teacher_hidden"], x["teacher_head"])
+    kind = kind_of(name)
+    return dense_divergence(x["hidden"], x["head"], scores, x["weights"], kind=kind, vocab_size=vocab)[0]
+
+
+def plain(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None, dtype: torch.dtype) -> Tensor:
+    """The same from full logits by autograd: the float64 oracle, or (with float32) what one would write in torch."""
+    logits = (x["hidden"] @ x["head"].T).to(dtype)
+    if name == "token_logprobs":
+        logprobs, _ = oracle.token_logprobs_from_logits(logits, x["targets"], vocab_size=vocab)
+        return (x["weights"] * logprobs).sum()
+    kind = kind_of(name)
+    if teacher is not None:
+        return oracle.topk_divergence_from_logits(
+            logits, teacher.ids, teacher.logprobs.to(dtype), x["weights"], kind=kind, vocab_size=vocab
+        )
+    other = (x["teacher_hidden"] @ x["teacher_head"].T).to(dtype)
+    return oracle.dense_divergence_from_logits(logits, other, x["weights"], kind=kind, vocab_size=vocab)
+
+
+def kind_of(name: str) -> Divergence:
+    return "forward_kl" if "forward" in name else "reverse_kl" if "reverse" in name else "jsd"
+
+
+KERNELS = ("token_logprobs", "reverse_kl", "forward_kl", "jsd", "top-64 forward_kl", "top-64 reverse_kl")
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value.double() - exact) / torch.linalg.vector_norm(exact))
+
+
+def correctness(scale: Scale) -> list[Row]:
+    """Norm of the difference to the float64 oracle over the oracle's norm: value and both gradients."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = loss_inputs(scale.oracle_tokens, scale, dtype)
+        y = {n: t.detach().double() if t.is_floating_point() else t for n, t in x.items()}
+        y |= {n: y[n].requires_grad_() for n in ("hidden", "head")}
+        for name in KERNELS:
+            teacher = top_k(x, scale.vocab) if "top" in name else None
+            value, exact = ours(name, x, scale.vocab, teacher), plain(name, y, scale.vocab, teacher, torch.float64)
+            grads = torch.autograd.grad(value, (x["hidden"], x["head"]))
+            expected = torch.autograd.grad(exact, (y["hidden"], y["head"]))
+            errors = [
+                relative(value.detach(), exact.detach()),
+                *(relative(g, e) for g, e in zip(grads, expected, strict=True)),
+            ]
+            rows.append(
+                {"loss": name, "dtype": str(dtype)[6:]}
+                | dict(zip(("value", "grad hidden", "grad head"), errors, strict=True))
+            )
+    return rows
+
+
+def forward_backward(total: Callable[[], Tensor], x: dict[str, Tensor]) -> tuple[float, float]:
+    """Median seconds, and peak memory in bytes above the inputs and the two gradients it returns."""
+
+    def work() -> None:
+        torch.autograd.grad(total(), (x["hidden"], x["head"]))
+
+    work()
+    reset_peak()
+    before = memory()
+    work()
+    above = peak_memory() - before - sum(t.numel() * t.element_size() for t in (x["hidden"], x["head"]))
+    return median_seconds(work, 5, 1), above
+
+
+def kernels(scale: Scale, peak_tflops: float) -> list[Row]:
+    """Forward and backward of each loss in bfloat16 against the products that any method must do, and full logits.
+
+    Floor: 2 x tokens x vocabulary x width for each of student logits, gradient of hidden, gradient of head, and
+    teacher logits where there is a teacher's hidden state. Recomputed logits are not in it.
+    """
+    rows = []
+    for tokens in scale.kernel_tokens:
+        x = loss_inputs(tokens, scale, torch.bfloat16)
+        for name in ("token_logprobs", "reverse_kl", "jsd", "top-64 forward_kl"):
+            teacher = top_k(x, scale.vocab) if "top" in name else None
+            width = 3 * scale.widths[0] + (scale.widths[1] if name in ("reverse_kl", "jsd") else 0)
+            floor = 2 * tokens * scale.vocab * width / peak_tflops / 1e12
+            seconds, above = forward_backward(partial(ours, name, x, scale.vocab, teacher), x)
+            row = {"loss": name, "tokens": tokens, "ms": seconds * 1e3, "GB": above / 1e9, "floor ms": floor * 1e3}
+            row |= {"floor share": floor / seconds, "plain ms": None, "plain GB": None}
+            try:
+                plain_s, plain_b = forward_backward(partial(plain, name, x, scale.vocab, teacher, torch.float32), x)
+                row |= {"plain ms": plain_s * 1e3, "plain GB": plain_b / 1e9}
+            except torch.cuda.OutOfMemoryError:
+                pass
+            rows.append(row)
+            reset_peak()
+    return rows
+
+
+def sampling(scale: Scale, copy_gbs: float) -> list[Row]:
+    """Tokens per second of the sampler against the time to read the weights and the cache once per step."""
+    rows, prompt = [], max(4, 256 // scale.divide)
+    for size in dict.fromkeys(name for name, _, _ in scale.sampled):
+        model = build(size, scale, trained=False)
+        sampler, config = TransformersSampler(model), model.module.config
+        for batch, unequal in ((b, u) for name, b, u in scale.sampled if name == size):
+            lengths = [prompt - (i % 8) * (prompt // 16) * unequal for i in range(batch // 2)]
+            problems = [Problem((Message("user", f"{i} {length}"),)) for i, length in enumerate(lengths)]
+            sampler.sample(problems, Sampling(("warm",), 2, 4))
+            synchronize()
+            reset_peak()
+            start = time.perf_counter()
+            rollouts = sampler.sample(problems, Sampling(("timed",), 2, scale.new_tokens))
+            seconds = time.perf_counter() - start
+            drawn = sum(len(r.completion_ids) for r in rollouts)
+            cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+            read = 2 * model.num_parameters + batch * (prompt + scale.new_tokens / 2) * cached
+            floor = scale.new_tokens * read / copy_gbs / 1e9
+            rows.append(
+                {
+                    "model": size,
+                    "batch": batch,
+                    "tokens/s": drawn / seconds,
+                    "ms/step": seconds / scale.new_tokens * 1e3,
+                }
+                | {"floor ms/step": floor / scale.new_tokens * 1e3, "floor share": floor / seconds}
+                | {"peak GB": peak_memory() / 1e9}
+            )
+        del model, sampler
+        reset_peak()
+    return rows
+
+
+def model_flops(model: LanguageModel, rows: int, prompt: int, completion: int, passes: int) -> float:
+    """Multiply-adds x 2 of `passes` (1 forward, 3 forward and backward), without recomputation.
+
+    2 x weights per token (the LM head only at loss tokens, the embedding lookup not at all), and for causal attention
+    4 x layers x heads x head_dim x length / 2 per token.
+    """
+    config, length = model.module.config, prompt + completion
+    table = config.vocab_size * config.hidden_size
+    body = model.num_parameters - table * (1 if config.tie_word_embeddings else 2)
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    return passes * rows * (length * (2 * body + attention) + 2 * table * completion)
+
+
+def timed_step(
+    student: LanguageModel, loss_of: Callable[[float], Loss], rows: int, prompt: int, completion: int, budget: int
+) -> Row:
+    """Median of three updates after one, with the peak memory of all of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(student.vocab_size, (count,), generator=generator).tolist()
+
+    def per_token(values: Callable[[int], Tensor]) -> list[Tensor]:
+        return [values(completion) for _ in range(rows)]
+
+    batch = Batch([ids(prompt) for _ in range(rows)], [ids(completion) for _ in range(rows)]).with_fields(
+        weights=per_token(torch.ones),
+        advantages=per_token(lambda n: torch.randn(1, generator=generator).expand(n)),
+        sampler=per_token(lambda n: torch.full((n,), -11.5)),
+    )
+    optimizer = AdamW(student, Optimizer(lr=1e-6))
+    loss, times = loss_of(float(rows * completion)), []
+    reset_peak()
+    for _ in range(4):
+        synchronize()
+        start = time.perf_counter()
+        micros = micro_batches(batch, max_tokens=budget, device=student.device)
+        update(student, optimizer, micros, loss, lr=1e-6, max_grad_norm=1.0, mesh=Mesh())
+        synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[1:])
+    tokens = rows * (prompt + completion)
+    return {
+        "rows": f"{rows} x ({prompt} + {completion})",
+        "micro-batch": budget,
+        "checkpointing": student.checkpoint_activations,
+        "seconds": seconds,
+        "tokens/s": tokens / seconds,
+        "peak GB": peak_memory() / 1e9,
+    }
+
+
+def grpo_update(scale: Scale, peak_tflops: float) -> list[Row]:
+    """One GRPO update of 1.7B: forward, loss, backward, clipping, AdamW on float32 masters, rounding."""
+    prompt, completion = (256, 1024) if scale.divide == 1 else (4, 12)
+    count, out = -(-scale.step_tokens // (prompt + completion)), []
+    settings = GRPO(steps=1, max_new_tokens=completion, problems_per_step=1, optimizer=Optimizer(lr=1e-6))
+    for budget, checkpoint, compiled in ((6400, False, False), (16_640, True, False), (6400, False, True)):
+        student = build("1.7B", scale, trained=True, checkpoint=checkpoint, compiled=compiled)
+        flops = model_flops(student, count, prompt, completion, 3)
+        row = timed_step(
+            student,
+            lambda d, s=student: policy_loss(settings, Execution(), s.vocab_size, d),
+            count,
+            prompt,
+            completion,
+            budget // scale.divide,
+        )
+        row |= {"compiled layers": compiled}
+        out.append(row | {"model PFLOP": flops / 1e15, "MFU": flops / row["seconds"] / 1e12 / peak_tflops})
+        del student
+        reset_peak()
+    return out
+
+
+def distill_step(scale: Scale, peak_tflops: float) -> list[Row]:
+    """One on-policy distillation step, 8B frozen in bfloat16 to 1.7B: scores and exact reverse KL on given rollouts."""
+    tiny = scale.divide > 1
+    rows = -(-scale.step_tokens // 1280)
+    plans = [(4, 12, -(-scale.step_tokens // 16), 64, False)] if tiny else [
+        (256, 1024, rows, 5120, False),
+        (256, 1024, rows, 16_640, True),
+        (512, 8192, -(-scale.step_tokens // 8704), 17_408, True),
+    ]  # fmt: skip
+    plans += [(length // 4, length - length // 4, 1, length, True) for length in scale.lengths]
+    # Compiled last, so that nothing before it runs with the teacher's layers compiled.
+    plans = [(*plan, False) for plan in plans] + ([] if tiny else [(256, 1024, rows, 5120, False, True)])
+    out, teacher = [], build("8B", scale, trained=False)
+    for prompt, completion, count, budget, checkpoint, compiled in plans:
+        student = build("1.7B", scale, trained=True, checkpoint=checkpoint, compiled=compiled)
+        if compiled:
+            compile_layers(teacher)
+        settings = Distill(steps=1, max_new_tokens=completion, problems_per_step=1, optimizer=Optimizer(lr=1e-6))
+        with tempfile.TemporaryDirectory() as directory:
+            run = StageRun(Path(directory))
+            try:
+                row = timed_step(
+                    student,
+                    lambda d, r=run, s=settings: dense_loss(s, teacher, scale.vocab, d, r),
+                    count,
+                    prompt,
+                    completion,
+                    budget,
+                )
+            except torch.cuda.OutOfMemoryError:
+                row = {"rows": f"{count} x ({prompt} + {completion})", "micro-batch": budget, "out of memory": True}
+        flops = model_flops(student, count, prompt, completion, 3) + model_flops(teacher, count, prompt, completion, 1)
+        row |= {"compiled layers": compiled}
+        if "seconds" in row:
+            row |= {"model PFLOP": flops / 1e15, "MFU": flops / row["seconds"] / 1e12 / peak_tflops}
+        out.append(row)
+        del student
+        reset_peak()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--commit", default="unknown", help="recorded in the results")
+    parser.add_argument("--parts", default="correctness,kernels,sampling,grpo,distill")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on any device, to check the code")
+    arguments = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    scale = replace(TINY, device="cuda" if cuda else "cpu") if arguments.tiny else Scale()
+    torch.manual_seed(0)
+    device = torch.cuda.get_device_name() if cuda else platform.machine()
+    result: Row = {"device": device, "commit": arguments.commit, "torch": torch.__version__}
+    result |= {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "transformers": transformers.__version__}
+    result |= {"python": platform.python_version(), "cuda": torch.version.cuda, "tiny": arguments.tiny}
+    result["ceilings"] = ceilings(scale)
+    print(json.dumps(result), flush=True)
+    tflops, gbs = result["ceilings"]["matmul_tflops"], result["ceilings"]["copy_gbs"]
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "correctness": lambda: correctness(scale),
+        "kernels": lambda: kernels(scale, tflops),
+        "sampling": lambda: sampling(scale, gbs),
+        "grpo": lambda: grpo_update(scale, tflops),
+        "distill": lambda: distill_step(scale, tflops),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = f"gpu_{device.replace(' ', '-')}_{result['date'][:10]}{'_tiny' if arguments.tiny else ''}.json"
+    for name in arguments.parts.split(","):
+        start = time.perf_counter()
+        result[name] = parts[name]()
+        print(table(name, result[name]), f"\n({time.perf_counter() - start:.0f} s)", flush=True)
+        (arguments.out / file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
