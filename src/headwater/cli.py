@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,9 @@ On = Annotated[str | None, typer.Option("--on", help="Executor: inline or local:
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Headwater: spend scarce labels on the teacher, carry what it learned into the student."""
+    # One display of progress: ours. Inherited by worker processes; a user's own setting wins.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if version:
         console.print(f"headwater {__version__}")
         raise typer.Exit

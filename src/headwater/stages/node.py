@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from headwater import assets, spec
 from headwater.config import GRPO, SFT, Distill, Execution, Warmup
@@ -68,7 +67,6 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
             return
         _check_device(job.execution.device)
         set_deterministic(job.execution.threads)
-        transformers.utils.logging.disable_progress_bar()
         (directory / "spec.json").write_text(job.to_json(), encoding="utf-8")
         outcome = {"key": key, "label": job.spec.label, "execution": job.execution.model_dump(mode="json")}
         outcome["environment"] = environment()
