@@ -251,6 +251,8 @@ class Execution(Frozen):
     chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at once."""
     save_every: int = Field(default=20, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    """Steps between rows of metrics; the last step always has one."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations inside a stage, for learning curves; 0 = none."""
     eval_problems: int = Field(default=64, ge=1)

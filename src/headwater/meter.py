@@ -27,6 +27,11 @@ class Meter:
         row["tokens"] += tokens
         row["flops"] += FLOPS_PER_TOKEN[role] * tokens * parameters
 
+    @property
+    def tokens(self) -> int:
+        """Tokens in all roles."""
+        return int(sum(row["tokens"] for row in self._rows.values()))
+
     @contextmanager
     def timed(self, role: Role) -> Iterator[None]:
         """Add the wall seconds of the block to a role, less those of timed blocks inside it."""

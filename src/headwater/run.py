@@ -56,6 +56,7 @@ class StageRun:
         self.meter = Meter()
         self._on_log = on_log
         self._evaluate = evaluate
+        self._seen = (time.monotonic(), 0)
 
     def restore(self, optimizer: AdamW) -> int:
         """Bring the optimizer (and so the weights) and the meter to the newest checkpoint; the number of steps done."""
@@ -70,14 +71,19 @@ class StageRun:
         if self.mesh.is_writer:
             for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
                 _truncate(self.directory / name, done)
+        self._seen = (time.monotonic(), self.meter.tokens)
         return done
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """Append one row of metrics for step 0..steps-1."""
-        row = {"step": step, "time": time.time(), **metrics, "ledger/labels": self.ledger.labels(step)}
-        self._append("metrics.jsonl", [row])
+        """Append one row of metrics for step 0..steps-1, every `execution.log_every` steps and at the last."""
+        if (step + 1) % self.execution.log_every == 0 or step + 1 == steps:
+            row = {"step": step, "time": time.time(), **metrics, "ledger/labels": self.ledger.labels(step)}
+            self._append("metrics.jsonl", [row])
+        now, tokens = time.monotonic(), self.meter.tokens
+        rate = (tokens - self._seen[1]) / max(1e-9, now - self._seen[0])
+        self._seen = (now, tokens)
         if self._on_log is not None:
-            self._on_log(step + 1, steps, metrics)
+            self._on_log(step + 1, steps, {**metrics, "tokens/s": rate})
 
     def show(self, step: int, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict] | None = None) -> None:
         """Keep a few rollouts of this step, with their verdicts, for people to read."""

@@ -17,7 +17,7 @@ from headwater.store import Store
 from headwater.study.executors import Event
 from headwater.study.graph import Graph, most_reveals
 
-SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy")
+SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "tokens/s")
 PLAIN_EVERY_S = 10.0
 
 
