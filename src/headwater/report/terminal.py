@@ -29,6 +29,7 @@ class Progress:
         self.titles: dict[str, str] = {}
         self.total = self.done = 0
         self.started: dict[str, float] = {}
+        self.begun: dict[str, tuple[float, int]] = {}
         self.spoken = 0.0
         self.bars = Bars(
             TextColumn("{task.description}"),
@@ -75,13 +76,18 @@ class Progress:
 
     def _step(self, event: Event, title: str) -> None:
         metrics = event.metrics or {}
-        note = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+        note = "  ".join(f"{name} {_short(metrics[name])}" for name in SHOWN if name in metrics)
+        begun, before = self.begun.setdefault(event.key, (self.started[event.key], event.step - 1))
         self.bars.update(self.tasks[event.key], total=event.steps, completed=event.step, note=note)
         now = time.monotonic()
         if not self.console.is_terminal and now - self.spoken > PLAIN_EVERY_S:
             self.spoken = now
-            left = (now - self.started[event.key]) / event.step * (event.steps - event.step)
+            left = (now - begun) / (event.step - before) * (event.steps - event.step)
             self.console.print(f"  {title}: step {event.step}/{event.steps}  {note}  {left:.0f} s left", markup=False)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def dry_run(console: Console, recipe: Recipe, graph: Graph, store: Store) -> None:
