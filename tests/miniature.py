@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADWATER = [sys.executable, "-c", "from headwater.cli import app; app()"]
@@ -119,6 +120,8 @@ def world_script() -> ModuleType:
 
 def write(root: Path) -> Path:
     """Models, rows, grader and `recipe.toml` under `root`; returns the recipe."""
+    # A process of the command line has this from its environment, which here comes too late.
+    transformers.utils.logging.disable_progress_bar()
     script = world_script()
     tokenizer = script.build_tokenizer()
     for seed, (name, rung) in enumerate({"teacher": "48x2", "student": "32x2"}.items()):

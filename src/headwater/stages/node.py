@@ -122,7 +122,11 @@ def open_model(ref: ModelRef, store: Store, execution: Execution, *, trained: bo
 def model_directory(source: str) -> Path:
     """A model source as a Hugging Face directory; GGUF files are converted once."""
     path = assets.fetch(source)
-    return convert_gguf(path) if path.is_file() else path
+    if path.is_file():
+        return convert_gguf(path)
+    if not (path / "config.json").exists():
+        raise ValueError(f"{source} has no config.json: name a Hugging Face model directory or a GGUF file")
+    return path
 
 
 def environment() -> dict[str, Any]:
