@@ -133,7 +133,7 @@ def exported(ran: Path) -> Path:
 def test_exported_student_loads_with_plain_transformers(ran: Path, exported: Path):
     results = json.loads((ran / "out" / "results.json").read_text())
     key = results["arms"]["finished"]["seeds"]["0"]["stages"][-1]
-    model = AutoModelForCausalLM.from_pretrained(exported)
+    model: Any = AutoModelForCausalLM.from_pretrained(exported)
     assert model.dtype == torch.bfloat16
     trained = AutoModelForCausalLM.from_pretrained(Store(ran / "store").model(key))
     assert trained.dtype == torch.float32
