@@ -7,7 +7,11 @@ tokens x vocab outlives a chunk. Liger's fused linear losses (arXiv:2410.10989) 
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -152,7 +156,8 @@ def _sum_and_gradients(
         log_q = scaled_logits(hidden[part], cut, cut_bias, rows, temperature, multiply, out).log_softmax(1)
         if isinstance(teacher, HiddenScores):
             log_p = _teacher_log_softmax(teacher, part, teacher_cut, temperature, rows, out)
-            value, grad, metrics = _value_and_gradient(log_p, log_q, kind, beta)
+            on_vocabulary = _fused() if log_q.is_cuda else _value_and_gradient
+            value, grad, metrics = on_vocabulary(log_p, log_q, kind, beta)
         else:
             value, grad, metrics = _bucketed(teacher, part, log_q, kind, beta)
         scale = weights[part].to(out)
@@ -206,6 +211,18 @@ def _value_and_gradient(log_p: Tensor, log_q: Tensor, kind: Divergence, beta: fl
     mixed = _expect(q, log_q - log_m)
     value = beta * _expect(p, log_p - log_m) + (1 - beta) * mixed
     return value, (1 - beta) * torch.where(q > 0, q * (log_q - log_m - mixed[:, None]), 0.0), metrics
+
+
+@functools.cache
+def _fused() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_value_and_gradient` compiled to a few passes over tokens x vocab instead of thirty.
+
+    Triton needs a C compiler at run time; without one it stays as it is, slower and with the same result.
+    """
+    compilers = (os.environ.get("CC", "gcc"), "clang")
+    return (
+        torch.compile(_value_and_gradient, dynamic=True) if any(map(shutil.which, compilers)) else _value_and_gradient
+    )
 
 
 def _bucketed(
