@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from headwater.mesh import Mesh
@@ -207,7 +208,14 @@ def _pad_left(prompts: list[list[int]], extra: int, device: torch.device) -> tup
     return ids.to(device), mask.to(device), torch.tensor([len(p) for p in prompts], device=device)
 
 
+# Not cuDNN's: it prepares every new shape, so every step, at a cost above the step's own (benchmarks/README.md).
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def _forward(model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
     """Last hidden state of the last position, extending the cache."""
-    out = model.base(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    with sdpa_kernel(_ATTENTION):
+        out = model.base(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
     return out[0][:, -1].to(ids.device)
