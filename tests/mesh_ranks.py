@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,16 +26,20 @@ from headwater.update import AdamW, NonFiniteError, Term, update
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1}
 METHOD = {"steps": 2, "max_new_tokens": 6, "optimizer": OPTIMIZER}
 ROLLOUTS = METHOD | {"sequences_per_step": 3, "rollouts_per_problem": 3, "keep": "correct"}
-STAGES = {
+STAGES: dict[str, GRPO | Distill | Warmup | SFT] = {
     # Odd numbers of problems and rows, and a single row, so that the ranks' shares differ and one has none.
-    "grpo": GRPO(
-        **METHOD, problems_per_step=5, group_size=3, redraws=2, updates_per_batch=2, kl_coef=0.1, aggregate="sequence"
+    "grpo": GRPO.model_validate(
+        METHOD
+        | {"problems_per_step": 5, "group_size": 3, "redraws": 2, "updates_per_batch": 2}
+        | {"kl_coef": 0.1, "aggregate": "sequence"}
     ),
-    "one-row": Distill(**METHOD, problems_per_step=1, group_size=1),
-    "repeats": Distill(**METHOD | {"steps": 3}, problems_per_step=5, group_size=1, divergence="sampled_sequence"),
-    "warmup": Warmup(**ROLLOUTS, stored_top_k=5),
-    "sft": SFT(**ROLLOUTS),
-}  # pyright: ignore
+    "one-row": Distill.model_validate(METHOD | {"problems_per_step": 1, "group_size": 1}),
+    "repeats": Distill.model_validate(
+        METHOD | {"steps": 3, "problems_per_step": 5, "group_size": 1, "divergence": "sampled_sequence"}
+    ),
+    "warmup": Warmup.model_validate(ROLLOUTS | {"stored_top_k": 5}),
+    "sft": SFT.model_validate(ROLLOUTS),
+}
 STOPS = tuple("!#$%&ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -56,14 +61,16 @@ def grade(pairs: list[tuple[Problem, str]]) -> list[Verdict]:
 
 def train(name: str, mesh: Mesh, source: Path, out: Path) -> None:
     settings, model, other = STAGES[name], load(source, trained=True), load(source)
+    # Three problems in five places come again within a step.
     problems = Chains(train=7).problems("train")
+    problems = problems[:3] * 2 if name == "repeats" else problems
     execution = Execution(micro_batch_tokens=100, sampler_tokens=200, chunk_tokens=5, save_every=1)
     run = StageRun(out / name, execution=execution, mesh=mesh)
-    shared = {"problems": problems, "seed": 0, "run": run}
+    shared: dict[str, Any] = {"problems": problems, "seed": 0, "run": run}
     if isinstance(settings, GRPO):
         grpo.train(settings, policy=model, reference=other, grade=grade, **shared)
     elif isinstance(settings, Distill):
-        distill.train(settings, student=model, teacher=other, **shared | {"problems": problems[:3] * 2})
+        distill.train(settings, student=model, teacher=other, **shared)
     elif isinstance(settings, Warmup):
         warmup.train(settings, student=model, teacher=other, grade=grade, **shared)
     else:

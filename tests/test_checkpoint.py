@@ -31,7 +31,7 @@ def kept(root: Path) -> list[str]:
 def test_round_trip_and_only_two_are_kept(tmp_path):
     assert checkpoint.load_newest(tmp_path / "none") is None
     root = tmp_path / "checkpoints"
-    save(root, 5, 10, 15, 9)
+    save(root, 5, 10, 15, 9, 15)
     assert kept(root) == ["00000010", "00000015"]
     found = checkpoint.load_newest(root)
     assert found is not None

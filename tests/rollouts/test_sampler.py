@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,7 +173,8 @@ def test_greedy_equals_transformers(make_model, mixed):
 
 def drawn(logits: list[float], uniform: list[float], **settings) -> list[int]:
     rows = torch.tensor([logits] * len(uniform))
-    return draw(rows, torch.tensor(uniform, dtype=torch.float64), **{"temperature": 1.0} | settings)[0].tolist()
+    arguments: dict[str, Any] = {"temperature": 1.0} | settings
+    return draw(rows, torch.tensor(uniform, dtype=torch.float64), **arguments)[0].tolist()
 
 
 def test_draw_inverts_the_cumulative_distribution():

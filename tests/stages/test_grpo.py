@@ -113,20 +113,22 @@ def test_epochs_cross_without_losing_or_repeating_a_problem(make_model, problems
     """5 problems, 4 a step, 5 steps: every problem four times; at a border one may be drawn twice in a step."""
     run = StageRun(tmp_path, execution=Execution())
     pool = problems[:5]
-    seen: list[tuple[str, int, tuple[int, ...]]] = []
+    seen: list[tuple[str, tuple[int, ...]]] = []
     sample = TransformersSampler.sample
 
     def spy(self, *args, **kwargs):
         out = sample(self, *args, **kwargs)
-        seen.extend((r.problem_id, r.policy_version, tuple(r.completion_ids)) for r in out)
+        seen.extend((r.problem_id, tuple(r.completion_ids)) for r in out)
         return out
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransformersSampler, "sample", spy)
-        grpo.train(settings(steps=5), policy=make_model(0), problems=pool, grade=parity_grade, seed=0, run=run)
-    counts = {p.id: sum(i == p.id for i, _, _ in seen) for p in pool}
+        # A rate so low that only the random numbers differ from step to step.
+        still = settings(steps=5, optimizer={"lr": 1e-9}, max_new_tokens=12)
+        grpo.train(still, policy=make_model(0), problems=pool, grade=parity_grade, seed=0, run=run)
+    counts = {p.id: sum(i == p.id for i, _ in seen) for p in pool}
     assert set(counts.values()) == {8}
-    assert len({(i, v, c) for i, v, c in seen}) > 0.9 * len(seen)
+    assert len(set(seen)) > 0.9 * len(seen)
 
 
 def test_what_cannot_work_is_refused(make_model, problems, parity_grade, tmp_path):

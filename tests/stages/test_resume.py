@@ -41,12 +41,18 @@ def lines(path: Path) -> list[dict]:
 
 
 def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int | None, compute: str):
-    """The trained model and run, or None where it was stopped after `stop` steps. All objects are new."""
+    """The trained model and run, or None where it was stopped after `stop` steps, in the log or (negative) in the
+    evaluation. All objects are new."""
 
     def on_log(done: int, steps: int, metrics: dict[str, float]) -> None:
         assert steps == STEPS
         if done == stop:
             raise Stop
+
+    def evaluate(done: int) -> dict[str, float]:
+        if done == -(stop or 0):
+            raise Stop
+        return {"norm": model.head.detach().norm().item()}
 
     model = make_model(0, compute=compute)
     other = make_model(1, "48x2" if not isinstance(settings, GRPO) else "32x2", trained=False)
@@ -54,7 +60,7 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
         directory,
         execution=Execution(save_every=2, eval_every=2, micro_batch_tokens=200),
         on_log=on_log,
-        evaluate=lambda done: {"norm": model.head.detach().norm().item()},
+        evaluate=evaluate,
     )
     shared = {"problems": problems[:7], "seed": 3, "run": run}
     try:
@@ -84,8 +90,8 @@ def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, 
         return attempt(settings, make_model, solved, parity_grade, tmp_path / directory, stop=stop, compute=compute)
 
     straight = go("straight")
-    # Before the first checkpoint (of step 2), right after the second, and a step later.
-    assert [go("stopped", stop) for stop in (1, 4, 5)] == [None] * 3
+    # Before the first checkpoint (of step 2), in the evaluation and the log of the second, and a step later.
+    assert [go("stopped", stop) for stop in (1, -4, 4, 5)] == [None] * 4
     resumed = go("stopped")
     assert straight is not None and resumed is not None
 

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_solutions_end_in_the_end_token_unless_they_are_cut(make_model, problems
 def test_what_cannot_work_is_refused(make_model, problems, parity_grade, tmp_path):
     student = make_model(0)
     base = {"steps": 1, "max_new_tokens": 4, "sequences_per_step": 99, "optimizer": {"lr": 1e-3}}
-    shared = {"student": student, "problems": problems[:3], "seed": 0}
+    shared: dict[str, Any] = {"student": student, "problems": problems[:3], "seed": 0}
     with pytest.raises(ValueError, match="needs a teacher"):
         sft.train(SFT.model_validate(base), run=StageRun(tmp_path / "a"), **shared)
     correct = SFT.model_validate(base | {"keep": "correct"})
@@ -65,8 +66,8 @@ def test_what_cannot_work_is_refused(make_model, problems, parity_grade, tmp_pat
         sft.train(correct, teacher=student, run=StageRun(tmp_path / "b"), **shared)
     with pytest.raises(ValueError, match=r"only \d teacher rollouts are correct, a step needs 99: raise"):
         sft.train(correct, teacher=student, grade=parity_grade, run=StageRun(tmp_path / "c"), **shared)
-    bare = [p.unlabelled() for p in problems]
+    shared["problems"] = [p.unlabelled() for p in problems]
     with pytest.raises(ValueError, match="24 of 24 problems have no answer"):
         run = StageRun(tmp_path / "d")
-        sft.train(correct, teacher=student, grade=parity_grade, run=run, **shared | {"problems": bare})
+        sft.train(correct, teacher=student, grade=parity_grade, run=run, **shared)
     assert torch.equal(student.head, make_model(0).head)
