@@ -339,7 +339,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--commit", default="unknown", help="recorded in the results")
-    parser.add_argument("--parts", default="correctness,kernels,sampling,grpo,distill")
+    everything = "correctness,kernels,sampling,grpo,distill"
+    parser.add_argument("--parts", default=everything)
     parser.add_argument("--tiny", action="store_true", help="toy sizes on any device, to check the code")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -360,7 +361,8 @@ def main() -> None:
         "distill": lambda: distill_step(scale, tflops),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    file = f"gpu_{device.replace(' ', '-')}_{result['date'][:10]}{'_tiny' if arguments.tiny else ''}.json"
+    part = "" if arguments.parts == everything else "_" + arguments.parts.replace(",", "-")
+    file = f"gpu_{device.replace(' ', '-')}_{result['date'][:10]}{part}{'_tiny' if arguments.tiny else ''}.json"
     for name in arguments.parts.split(","):
         start = time.perf_counter()
         result[name] = parts[name]()

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -191,11 +191,14 @@ def _teacher_log_softmax(
     return scaled_logits(teacher.hidden[part], head, bias, rows, temperature, multiply, out).log_softmax(1)
 
 
+@no_type_check
 def _expect(probability: Tensor, values: Tensor) -> Tensor:
     """Row sums of probability * values with 0 * anything = 0, as in the limit of p log p."""
     return torch.where(probability > 0, probability * values, 0.0).sum(1)
 
 
+# Compiled on CUDA: torch 2.11 cannot trace through run-time type checks.
+@no_type_check
 def _value_and_gradient(log_p: Tensor, log_q: Tensor, kind: Divergence, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Per row the divergence and its gradient with respect to the logits whose log-softmax is log_q; metric totals."""
     p, q = log_p.exp(), log_q.exp()
@@ -219,10 +222,8 @@ def _fused() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
     Triton needs a C compiler at run time; without one it stays as it is, slower and with the same result.
     """
-    compilers = (os.environ.get("CC", "gcc"), "clang")
-    return (
-        torch.compile(_value_and_gradient, dynamic=True) if any(map(shutil.which, compilers)) else _value_and_gradient
-    )
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang"))
+    return torch.compile(_value_and_gradient, dynamic=True) if has_compiler else _value_and_gradient
 
 
 def _bucketed(
