@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL = Path(__file__).resolve().parents[1] / "src" / "headwater" / "data" / "world" / "student"
+MODEL = Path(__file__).resolve().parents[1] / "src" / "headwater" / "data" / "world" / "teacher"
 
 
 def draw_problem(rng: random.Random) -> tuple[str, str]:
