@@ -1,4 +1,4 @@
-"""Sources of models and data, against wheels built here and served by pip's own --find-links."""
+"""Sources of models and data, against wheels built here and served to pip from a folder."""
 
 import hashlib
 import json
