@@ -108,11 +108,9 @@ def parity_grade() -> Callable[[list[tuple[Problem, str]]], list[Verdict]]:
 
 @pytest.fixture(scope="session")
 def load_world() -> Callable[..., LanguageModel]:
-    """`load_world("student", trained=True)`: a shipped model; skips while it is missing."""
+    """`load_world("student", trained=True)`: a shipped model."""
 
     def load(role: str, *, trained: bool = False) -> LanguageModel:
-        if not (WORLD / role / "config.json").exists():
-            pytest.skip("the shipped world models are not here yet")
         return load_model(ModelConfig(source=f"world:{role}"), WORLD / role, trained=trained)
 
     return load

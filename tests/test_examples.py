@@ -16,7 +16,6 @@ from headwater.scoring.weights import sequence_ids, token_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = ROOT / "src" / "headwater" / "data" / "world"
-needs_world = pytest.mark.skipif(not (WORLD / "teacher" / "config.json").exists(), reason="no embedded models here")
 PAD, VOCAB, PROMPT_LEN = 0, 20, 4
 LENGTHS = torch.tensor([5, 2, 3, 1, 5, 4])
 
@@ -150,7 +149,6 @@ def test_examples_stand_alone_and_stay_short(name):
     assert len(text.splitlines()) <= 200
 
 
-@needs_world
 def test_grpo_example_learns(capsys):
     # Seeds 0, 1, 2 over 20 steps: first four .47 .39 .46, last four .72 .65 .77.
     rewards = grpo_loop.train(WORLD / "teacher", steps=20)
@@ -158,7 +156,6 @@ def test_grpo_example_learns(capsys):
     assert capsys.readouterr().out.count("reward") == 20
 
 
-@needs_world
 def test_opd_example_learns(capsys):
     divergences = opd_loop.train(WORLD / "teacher", WORLD / "student", steps=12)
     assert sum(divergences[-3:]) < 0.8 * sum(divergences[:3])
