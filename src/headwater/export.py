@@ -72,7 +72,7 @@ def _card(recipe: str, arm: str, seed: str, row: dict[str, Any], source: str) ->
     scores = "\n".join(
         f"| {task} | {e['avg@k']:.4f} | {e['k']} | {e['num_problems']} |" for task, e in row["evals"].items()
     )
-    tokens = ", ".join(f"{n:,} {role}" for role, n in row["cost"]["tokens"].items())
+    tokens = ", ".join(f"{n:,} {role}" for role, n in row["cost"]["tokens"].items() if n)
     return f"""---
 library_name: transformers
 tags: [headwater]
