@@ -113,7 +113,7 @@ class _Planner:
         pool = self.recipe.pool
         split, count = ("unlabelled", pool.unlabelled) if unlabelled else ("train", pool.labels)
         part = "all" if unlabelled else part
-        problems = half(self._draw(self.recipe.task, split, count, seed), part)
+        problems = half(self._draw(self.recipe.task, split, count, seed, f"the {split} pool"), part)
         return Problems(
             task=self.recipe.task,
             split=split,
@@ -129,7 +129,7 @@ class _Planner:
         for name, settings in recipe.evaluations.items():
             spec_of_task = settings.task or recipe.task
             grader = self._grader(spec_of_task)
-            problems = self._draw(spec_of_task, settings.split, settings.problems, None)
+            problems = self._draw(spec_of_task, settings.split, settings.problems, None, f"evaluation {name!r}")
             seen = Problems(
                 task=spec_of_task,
                 split=settings.split,
@@ -195,14 +195,18 @@ class _Planner:
             self._data[place] = task.problems(split) if task else []
         return self._data[place]
 
-    def _draw(self, config: dict[str, Any], split: str, count: int, seed: int | None) -> list[Problem]:
-        return draw_pool(self._problems(config, split), count, seed) if self._task(config) else []
+    def _draw(self, config: dict[str, Any], split: str, count: int, seed: int | None, what: str) -> list[Problem]:
+        try:
+            return draw_pool(self._problems(config, split), count, seed) if self._task(config) else []
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
 
     def _check_data(self) -> None:
         recipe = self.recipe
         used = ["train"] + (["unlabelled"] if any(a.prompts == "unlabelled" for a in recipe.arms.values()) else [])
         for name, settings in recipe.evaluations.items():
-            held_out = self._draw(settings.task or recipe.task, settings.split, settings.problems, None)
+            task = settings.task or recipe.task
+            held_out = self._draw(task, settings.split, settings.problems, None, f"evaluation {name!r}")
             if missing := [p.id for p in held_out if p.answer is None]:
                 raise ValueError(f"evaluation {name!r}: {len(missing)} problems have no answer")
             for split in used:
