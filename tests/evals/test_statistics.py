@@ -52,8 +52,8 @@ def test_one_seed_is_the_paired_t_test_over_problems():
     a, b = rng.random((1, 40)), rng.random((1, 40))
     got, want = paired_difference(a, b), stats.ttest_rel(a[0], b[0])
     assert got.over == "problems"
-    assert got.p_value == pytest.approx(want.pvalue)  # type: ignore[reportAttributeAccessIssue]
-    assert got.ci95 == pytest.approx(tuple(want.confidence_interval()))  # type: ignore[reportAttributeAccessIssue]
+    assert got.p_value == pytest.approx(want.pvalue)  # type: ignore -- scipy result
+    assert got.ci95 == pytest.approx(tuple(want.confidence_interval()))  # type: ignore -- likewise
 
 
 def test_shared_problem_difficulty_cancels_and_sign_follows_a():

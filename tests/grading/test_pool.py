@@ -33,7 +33,7 @@ def children() -> list[psutil.Process]:
 
 
 def lost(reason: str) -> Verdict:
-    return Verdict(False, False, reason, 0.0)  # type: ignore[arg-type]
+    return Verdict(False, False, reason, 0.0)  # type: ignore[arg-type] -- any string here
 
 
 def test_verdicts_keep_the_order_of_the_items(toys: GraderPool) -> None:

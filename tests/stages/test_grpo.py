@@ -72,7 +72,10 @@ def test_dead_groups_are_replaced_and_every_answer_used_is_on_the_ledger(make_mo
     assert {p.id for p, _, _ in groups} <= live and len(groups) == 4
     seen = [p.id for p, _, _ in groups + redrawn]
     assert len(seen) == len(set(seen))
-    nothing = lambda pairs: [verdict(0.0) for _ in pairs]  # noqa: E731
+
+    def nothing(pairs):
+        return [verdict(0.0) for _ in pairs]
+
     groups, redrawn = grpo._live_groups(settings(redraws=9), list(pool[:4]), pool, sampler, nothing, (0, 0), run)
     assert (len(groups), len(redrawn)) == (4, 8)
 

@@ -78,7 +78,7 @@ def _from_trl(function: Callable[..., object], *, as_messages: bool) -> Grader:
             **columns,
         )
         rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
-        (reward,) = rewards  # type: ignore[misc]
+        (reward,) = rewards  # type: ignore[misc] -- whatever a user returned; a wrong shape is the caught error
         return Verdict(False, False, "unparsed", 0.0) if reward is None else reward
 
     return grade

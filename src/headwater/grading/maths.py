@@ -45,7 +45,7 @@ def grade_maths(completion: str, problem: Problem) -> Verdict:
 
 
 def _parse(answer: str) -> list:
-    return parse(f"\\boxed{{{answer}}}", _TARGETS, parsing_timeout=None)  # type: ignore[arg-type]
+    return parse(f"\\boxed{{{answer}}}", _TARGETS, parsing_timeout=None)  # type: ignore[arg-type] -- None: no alarm
 
 
 def _trim(answer: str) -> str:

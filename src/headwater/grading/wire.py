@@ -37,7 +37,7 @@ def encode_item(completion: str, problem: Problem) -> bytes:
 
 def decode_item(line: bytes) -> tuple[str, Problem]:
     """The completion and the problem of a request line."""
-    completion, messages, answer, columns = decode(line)  # type: ignore[misc]
+    completion, messages, answer, columns = decode(line)  # type: ignore[misc] -- our own encoding
     return completion, Problem(tuple(Message(*m) for m in messages), answer, columns)
 
 
@@ -53,7 +53,7 @@ def decode_verdict(line: bytes) -> tuple[Verdict, str]:
             {"correct": bool(c), "parsed": bool(p), "reason": str(r), "score": int() | float() as s, "style": t},
             str(note),
         ] if r in REASONS and math.isfinite(s) and (t is None or isinstance(t, str)):
-            return Verdict(c, p, r, float(s), t), note  # type: ignore[arg-type]
+            return Verdict(c, p, r, float(s), t), note  # type: ignore[arg-type] -- matched
     raise ValueError(f"not a verdict: {line[:80]!r}")
 
 

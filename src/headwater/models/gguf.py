@@ -64,7 +64,7 @@ def _write(path: Path, directory: Path, dtype: torch.dtype) -> None:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """Drop the marks a GGUF load leaves on plain dense weights, which make `save_pretrained` refuse them."""
-    model.hf_quantizer = None  # pyright: ignore
+    model.hf_quantizer = None  # pyright: ignore -- set by the GGUF loader, not declared
     for owner, names in ((model.config, ("quantization_config",)), (model, ("is_quantized", "quantization_method"))):
         for name in names:
             vars(owner).pop(name, None)

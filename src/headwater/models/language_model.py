@@ -37,7 +37,7 @@ class LanguageModel:
     @property
     def head(self) -> Float[Tensor, "vocab hidden"]:
         """Rows of the LM head that are tokens."""
-        return self.module.get_output_embeddings().weight[: self.vocab_size]  # pyright: ignore
+        return self.module.get_output_embeddings().weight[: self.vocab_size]  # pyright: ignore -- typed Module
 
     @property
     def num_parameters(self) -> int:
@@ -74,19 +74,19 @@ class LanguageModel:
                 raise ValueError(
                     "a prompt is empty, so nothing predicts its first token: drop it, or set a system text"
                 )
-            return ids  # pyright: ignore
+            return ids  # pyright: ignore -- typed for batches too
         return self.tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages],
             add_generation_prompt=True,
             enable_thinking=self.config.thinking,
             tokenize=True,
             return_dict=False,
-        )  # pyright: ignore
+        )  # pyright: ignore -- tokenize=True and return_dict=False give a list of ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without the token that ended it."""
         text = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
-        return self.tokenizer.decode(list(text), skip_special_tokens=False)  # pyright: ignore
+        return self.tokenizer.decode(list(text), skip_special_tokens=False)  # pyright: ignore -- one text
 
 
 def load_model(
@@ -124,7 +124,7 @@ def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Mo
             f"{config.source} has no chat template: a base model needs template = 'none', "
             "or use the instruct model's tokenizer"
         )
-    rows = module.get_output_embeddings().weight.shape[0]  # pyright: ignore
+    rows = module.get_output_embeddings().weight.shape[0]  # pyright: ignore -- typed Module
     if len(tokenizer) > rows:
         raise ValueError(f"{config.source}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} rows")
     model = LanguageModel(module, tokenizer, config, _eos_ids(module, tokenizer, config), len(tokenizer))

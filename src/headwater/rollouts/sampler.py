@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,9 +57,7 @@ class TransformersSampler:
         self.version = version
 
     @torch.no_grad()
-    def sample(
-        self, problems: Sequence[Problem], sampling: Sampling, *, on_progress: Callable[[int], None] | None = None
-    ) -> list[Rollout]:
+    def sample(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """`group_size` completions of every problem, in order: problem by problem, index by index.
 
         Where a problem comes again its indices go on counting, so its rollouts differ.
@@ -80,8 +78,6 @@ class TransformersSampler:
             rollouts = self._decode(places, [prompts[i] for i in chosen], sampling)
             for place, i in enumerate(chosen):
                 groups[i] = rollouts[place * sampling.group_size : (place + 1) * sampling.group_size]
-            if on_progress is not None:
-                on_progress(len(rollouts))
         return [rollout for group in self.mesh.gather([groups[i] for i in mine]) for rollout in group]
 
     def _decode(self, places: list[tuple[str, int]], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:

@@ -93,7 +93,7 @@ def solutions(student: LanguageModel, problems: Sequence[Problem], max_new_token
     rollouts = []
     for problem in problems:
         text = problem.columns["solution"]
-        ids = [*student.tokenizer(text, add_special_tokens=False)["input_ids"], end]  # pyright: ignore
+        ids = [*student.tokenizer(text, add_special_tokens=False)["input_ids"], end]  # pyright: ignore -- one text
         cut = ids[:max_new_tokens]
         rollouts.append(
             Rollout(

@@ -115,7 +115,7 @@ def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int)
     try:
         with selectors.DefaultSelector() as selector:
             for worker in workers:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # pyright: ignore
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # pyright: ignore -- a pipe by construction
             while True:
                 busy = [w for w in workers if w.key]
                 ready = [] if failures else _ready(waiting, store, {w.key for w in busy})

@@ -76,7 +76,7 @@ class _Planner:
     def _arm(self, name: str, arm: Arm, seed: int) -> list[str]:
         stages: list[str] = []
         upstream: Part = "first" if arm.halves else "all"
-        finish: Part = {"fresh": "second", "replay": "first"}.get(arm.finish, "all")  # pyright: ignore
+        finish: Part = {"fresh": "second", "replay": "first"}.get(arm.finish, "all")  # pyright: ignore -- all three are parts
         student, teacher = self._models["student"], self._models.get("teacher")
         for stage in arm_stages(arm):
             settings = self.recipe.settings(name, stage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from headwater.tasks.chains import Chains
 from headwater.tasks.splits import SplitTask
@@ -21,9 +21,9 @@ def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
     rest = {key: value for key, value in spec.items() if key != "name"}
     match str(name).partition(":"):
         case "chains", "", "":
-            rest |= rest.pop("sizes", {})  # type: ignore[arg-type]
+            rest |= rest.pop("sizes", {})  # type: ignore[arg-type] -- checked by Chains
             check_keys("chains", rest, {"seed", "train", "tuning", "test", "unlabelled"})
-            return Chains(**rest)  # type: ignore[arg-type]
+            return Chains(**rest)  # type: ignore[arg-type] -- likewise
         case "reasoning-gym", ":", data_set if data_set:
             from headwater.tasks import procedural
 
@@ -35,7 +35,7 @@ def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
     raise ValueError(f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet' or 'hub'")
 
 
-def check_keys(task: str, given: Mapping[str, object], allowed: set[str], required: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def check_keys(task: str, given: Mapping[str, object], allowed: Set[str], required: Set[str] = frozenset()) -> None:
     """Raise ValueError for keys that are unknown or missing."""
     if unknown := sorted(given.keys() - allowed - required):
         raise ValueError(f"{task} has no {unknown}; it takes {sorted(allowed | required)}")

@@ -170,7 +170,7 @@ def _messages(prompts: list[object], spec: Row, place: str) -> tuple[Message, ..
                 raise ValueError(
                     f"{place}: a conversation is a list of {{'role', 'content'}} texts, not {turns!r:.200}"
                 )
-            return (*system, *(Message(turn["role"], turn["content"]) for turn in turns))  # type: ignore[index]
+            return (*system, *(Message(turn["role"], turn["content"]) for turn in turns))  # type: ignore[index] -- checked
         case _ if all(isinstance(prompt, str) for prompt in prompts):
             text = " ".join(str(prompt) for prompt in prompts)
             return (*system, Message("user", spec.get("template", "{prompt}").replace("{prompt}", text)))
@@ -228,7 +228,7 @@ def _hub_rows(source: str) -> Iterable[Row]:
             f"{source!r} does not name a data set; write 'hf:OWNER/NAME#SPLIT' or 'hf:OWNER/NAME/CONFIG#SPLIT'"
         )
     try:
-        import datasets  # type: ignore[import-not-found]
+        import datasets  # type: ignore[import-not-found] -- an extra
     except ImportError as error:
         raise ValueError("a Hub data set needs the extra 'hub': pip install 'headwater[hub]'") from error
     return datasets.load_dataset(found[1], found[2], split=found[3])
