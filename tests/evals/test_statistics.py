@@ -9,7 +9,10 @@ from scipy import stats
 from headwater.evals import statistics
 from headwater.evals.statistics import (
     Estimate,
+    Match,
+    gap_recovery,
     holm,
+    labels_to_match,
     mean_interval,
     noninferior,
     paired_difference,
@@ -113,6 +116,98 @@ def test_noninferior_confirms_only_inside_the_margin():
     assert noninferior(estimate(0.1, 0.05, 0.15), 0.05).p_value == pytest.approx(stats.t.cdf(2, 50))
     with pytest.raises(ValueError, match="margin must be"):
         noninferior(estimate(0.0, -0.05, 0.05), -0.1)
+
+
+def test_gap_recovery_by_hand():
+    base = np.array([[0.0, 0.2, 0.1], [0.1, 0.1, 0.1]])
+    teacher = base + 0.8
+    student = base + np.array([[0.3, 0.4, 0.5], [0.4, 0.4, 0.4]])
+    got = gap_recovery(student, base, teacher)
+    gain = paired_difference(student, base)  # the gap has no spread, so the ratio is the gain divided by a constant
+    assert got.value == pytest.approx(0.5)
+    assert got.ci95 == pytest.approx((gain.ci95[0] / 0.8, gain.ci95[1] / 0.8))
+    assert got.p_value == pytest.approx(gain.p_value)
+    rng = np.random.default_rng(4)
+    base = rng.uniform(0.0, 0.3, (3, 20))
+    teacher = base + rng.uniform(0.4, 0.7, base.shape)
+    half = gap_recovery(base + 0.5 * (teacher - base), base, teacher)  # half of every gap: a ratio without any error
+    assert (half.value, half.standard_error) == pytest.approx((0.5, 0.0), abs=1e-12)
+    assert gap_recovery(teacher, base, teacher).value == pytest.approx(1.0)
+
+
+def test_gap_recovery_interval_covers_the_known_ratio():
+    rng = np.random.default_rng(5)
+
+    def arm(mean: float, shared: np.ndarray) -> np.ndarray:
+        return mean + shared + rng.normal(0, 0.04, (5, 1)) + rng.normal(0, 0.2, (5, 100))
+
+    hits = 0
+    for _ in range(1000):
+        shared = rng.normal(0, 0.3, (1, 100))
+        low, high = gap_recovery(arm(0.5, shared), arm(0.2, shared), arm(0.6, shared)).ci95
+        hits += low <= 0.75 <= high
+    assert 0.93 <= hits / 1000 <= 0.975
+
+
+def test_gap_recovery_refuses_a_gap_that_may_be_zero_or_is_negative():
+    rng = np.random.default_rng(6)
+    base = rng.random((3, 20))
+    for teacher in (base + rng.normal(0, 0.1, (3, 20)), base, base - 0.5):
+        with pytest.raises(ValueError, match="distinguishably better"):
+            gap_recovery(base, base, teacher)
+
+
+BUDGETS = [16, 64, 256]
+
+
+def flat(value: float) -> np.ndarray:
+    return np.full((3, 20), value)
+
+
+def test_labels_to_match_interpolates_in_log_labels():
+    curve = [flat(0.2), flat(0.4), flat(0.5)]
+    for value, labels in ((0.3, 32.0), (0.45, 128.0), (0.4, 64.0)):
+        got = labels_to_match(BUDGETS, curve, flat(value))
+        assert (got.value, got.low, got.high) == pytest.approx((labels, labels, labels))  # no spread, no doubt
+    assert labels_to_match(BUDGETS, curve, flat(0.6)) == Match(None, 256.0, None)
+    assert labels_to_match(BUDGETS, curve, flat(0.1)) == Match(None, None, 16.0)
+    peak = [flat(0.2), flat(0.6), flat(0.2)]
+    got = labels_to_match(BUDGETS, peak, flat(0.4))
+    assert (got.value, got.low, got.high) == pytest.approx((32.0, 32.0, 128.0))  # the hull of the two crossings
+
+
+def test_labels_to_match_inverts_the_paired_test():
+    rng = np.random.default_rng(7)
+    target = 0.4 + rng.normal(0, 0.1, (5, 200))
+    curve = [mean + rng.normal(0, 0.1, (5, 200)) for mean in (0.2, 0.4, 0.6)]
+    got = labels_to_match(BUDGETS, curve, target)
+    assert got.value is not None and got.low is not None and got.high is not None
+    assert 16 < got.low < got.value < got.high < 256
+    for labels, right in ((got.value, 0.0), (got.low, 1.0), (got.high, -1.0)):
+        i = 0 if labels < 64 else 1
+        share = np.log(labels / BUDGETS[i]) / np.log(4)
+        there = paired_difference(target, (1 - share) * curve[i] + share * curve[i + 1])
+        edge = there.ci95[0] if right > 0 else there.ci95[1]
+        assert (edge if right else there.value) == pytest.approx(0.0, abs=0.002)  # a grid step moves the mean by 0.0016
+
+
+def test_labels_to_match_says_which_end_is_open():
+    rng = np.random.default_rng(8)
+    curve = [mean + rng.normal(0, 0.1, (3, 50)) for mean in (0.2, 0.4, 0.6)]
+    nearly = labels_to_match(BUDGETS, curve, 0.595 + rng.normal(0, 0.1, (3, 50)))
+    assert nearly.low is not None and 64 < nearly.low < 256 and nearly.high is None
+    low = labels_to_match(BUDGETS, curve, 0.205 + rng.normal(0, 0.1, (3, 50)))
+    assert low.low is None and low.high is not None and 16 < low.high < 64
+    noisy = labels_to_match(BUDGETS, curve, 0.4 + rng.normal(0, 3.0, (3, 50)))
+    assert noisy.low is None and noisy.high is None
+
+
+@pytest.mark.parametrize(("budgets", "sizes"), [([16], 1), ([0, 16], 2), ([64, 16], 2), ([16, 16], 2), ([16, 64], 3)])
+def test_labels_to_match_refuses_unusable_budgets(budgets: list[int], sizes: int):
+    with pytest.raises(ValueError, match="rising budgets"):
+        labels_to_match(budgets, [flat(0.1)] * sizes, flat(0.1))
+    with pytest.raises(ValueError, match="compare the seeds"):
+        labels_to_match([16, 64], [flat(0.1), np.zeros((3, 19))], flat(0.1))
 
 
 def test_pass_at_k_by_hand_and_by_enumeration():

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import comb
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
+
+Matrix = Float[np.ndarray, "_ _"]
+"""Scores, seeds x problems. The sizes are compared by the functions, which say what to do about a difference."""
 
 Over = Literal["seeds and problems", "problems"]
 Comparison = Literal["a better", "b better", "not distinguishable"]
@@ -46,6 +50,20 @@ class Bound:
     outcome: Outcome
     margin: float
     p_value: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """Number of labels at which a curve equals a target, and the ends of its 95 % confidence set.
+
+    `low` and `high` read as "more than low" and "fewer than high" labels; None is an end that the budgets do not bound.
+    A target above the whole curve has low = the largest budget, high = None; below it, low = None, high = the smallest.
+    `value` is None when the two means are equal at no number of labels within the budgets.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
 
 
 def mean_interval(matrix: Float[np.ndarray, "seeds problems"]) -> Estimate:
@@ -116,6 +134,66 @@ def noninferior(difference: Estimate, margin: float) -> Bound:
     excess = difference.value - margin
     p_two = _two_sided(excess, difference.standard_error, difference.degrees_of_freedom)
     return Bound(outcome=outcome, margin=margin, p_value=p_two / 2 if excess < 0 else 1 - p_two / 2)
+
+
+def gap_recovery(student: Matrix, base: Matrix, teacher: Matrix) -> Estimate:
+    """Share of the gap from base to teacher that the student closes: (student - base) / (teacher - base), of means.
+
+    1 is the teacher's mean, 0 the base's; `p_value` is against 0. The interval linearises the ratio r (delta method):
+    the two-way variance of (student - base - r (teacher - base)) / mean gap. Raises ValueError when the teacher is not
+    distinguishably better than the base (p < 0.05, unadjusted), and as `paired_difference` does.
+    """
+    gain, gap = paired_difference(student, base), paired_difference(teacher, base)
+    if verdict(gap, gap.p_value) != "a better":
+        raise ValueError(
+            f"the teacher's gap to the base is {gap.value:.4g}, 95 % interval {gap.ci95[0]:.4g} to {gap.ci95[1]:.4g}: "
+            "a share of it means nothing unless the teacher is distinguishably better; add seeds or problems"
+        )
+    ratio = gain.value / gap.value
+    return mean_interval(ratio + (student - base - ratio * (teacher - base)) / gap.value)
+
+
+def labels_to_match(budgets: Sequence[int], curve: Sequence[Matrix], target: Matrix) -> Match:
+    """Number of labels at which a baseline's curve has the target's mean, with a 95 % confidence set.
+
+    `curve` holds the baseline's scores at each budget, paired with the target's by seed and problem; between budgets
+    the matrices are interpolated linearly in log(labels). `value` is the smallest number of labels with equal means.
+    The set is every number of labels whose `paired_difference` from the target has an interval that contains 0 (test
+    inversion, on a grid of 256 log steps). A curve that is not monotone may give a set with gaps: `Match` has its hull.
+    Raises ValueError unless there are two or more positive, rising budgets with a matrix each of the target's shape.
+    """
+    if len(budgets) < 2 or budgets[0] < 1 or any(a >= b for a, b in pairwise(budgets)) or len(curve) != len(budgets):
+        raise ValueError(
+            f"given budgets {list(budgets)} and {len(curve)} matrices: give two or more rising budgets >= 1 and a "
+            "matrix for each"
+        )
+    logs = np.log(budgets)
+    # Budgets and crossings are on the grid too: every change of sign is then in the set, however narrow it is.
+    crossings = _crossings(logs, np.array([paired_difference(scores, target).value for scores in curve]))
+    grid = np.unique(np.concatenate([np.linspace(logs[0], logs[-1], 257), logs, crossings]))
+    differences = [paired_difference(target, _interpolate(logs, curve, at)) for at in grid]
+    inside = np.array([d.ci95[0] <= 0 <= d.ci95[1] for d in differences]) | np.isin(grid, crossings)
+    value = float(np.exp(crossings[0])) if len(crossings) else None
+    if not inside.any():
+        above = differences[0].value > 0
+        return Match(value, low=float(budgets[-1]) if above else None, high=None if above else float(budgets[0]))
+    low = None if inside[0] else float(np.exp(grid[inside][0]))
+    return Match(value, low, None if inside[-1] else float(np.exp(grid[inside][-1])))
+
+
+def _crossings(logs: Float[np.ndarray, " budgets"], gaps: Float[np.ndarray, " budgets"]) -> Float[np.ndarray, " _"]:
+    """Where the piecewise linear `gaps` are 0, in rising order."""
+    left, right = gaps[:-1], gaps[1:]
+    change = left * right < 0
+    share = left[change] / (left[change] - right[change])
+    return np.unique(np.concatenate([logs[gaps == 0], logs[:-1][change] + share * np.diff(logs)[change]]))
+
+
+def _interpolate(logs: Float[np.ndarray, " budgets"], curve: Sequence[Matrix], at: float) -> Matrix:
+    """The curve's matrix at log(labels) = `at`."""
+    right = int(np.clip(np.searchsorted(logs, at), 1, len(logs) - 1))
+    share = (at - logs[right - 1]) / (logs[right] - logs[right - 1])
+    return (1 - share) * curve[right - 1] + share * curve[right]
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
