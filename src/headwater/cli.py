@@ -1,4 +1,4 @@
-"""The command line: run, resume, eval, export, stage."""
+"""The command line: run, resume, eval, export, report, watch, stage."""
 
 from __future__ import annotations
 
@@ -99,6 +99,38 @@ def export(
     with _explained():
         export_student(directory, arm, seed, to, dtype, _store(store))
         console.print(f"{to}: load it with AutoModelForCausalLM.from_pretrained({str(to)!r})")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory.")],
+    form: Annotated[str, typer.Option("--format", help="html, md, json or csv.")] = "html",
+    out: Annotated[Path | None, typer.Option(help="File to write (html: RUN/report.html, else the terminal).")] = None,
+) -> None:
+    """Write what a run found as a page for people, or as tables; needs the run directory alone."""
+    from headwater.report import page
+
+    with _explained():
+        if form == "html" and out is None:
+            typer.echo(page.write(directory))
+        elif out is None:
+            typer.echo(page.text(directory, form))
+        else:
+            out.write_text(page.text(directory, form), encoding="utf-8")
+            typer.echo(out)
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(help="A run directory, of a study at work or a finished one.")],
+    port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 takes a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+) -> None:
+    """Show the report while a study runs, in a browser on this machine; Ctrl-C ends it."""
+    from headwater.report.watch import watch as serve
+
+    with _explained():
+        serve(directory, port, browser=browser)
 
 
 @app.command(hidden=True)

@@ -1,0 +1,119 @@
+"""What the declared comparisons found, in sentences made from the numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.report.directory import Run
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """`verdict` is the row's; `lead` can stand alone, `rest` says at what price and over what."""
+
+    verdict: str
+    lead: str
+    rest: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.lead}{self.rest}."
+
+
+def headlines(run: Run) -> list[Sentence]:
+    """One sentence for the first declared comparison on every task."""
+    rows = run.results.get("comparisons", [])
+    return [sentence(run, row) for row in rows if (row["a"], row["b"]) == (rows[0]["a"], rows[0]["b"])]
+
+
+def further(run: Run) -> list[Sentence]:
+    """Sentences for the other declared comparisons."""
+    rows = run.results.get("comparisons", [])
+    return [sentence(run, row) for row in rows if (row["a"], row["b"]) != (rows[0]["a"], rows[0]["b"])]
+
+
+def sentence(run: Run, row: Mapping[str, Any]) -> Sentence:
+    """A comparison in words: who is better by how many points, at how many labels and seeds, at what cost."""
+    first, second, value, (low, high) = row["a"], row["b"], row["difference"], row["ci95"]
+    if row["verdict"] == "b better":
+        first, second, value, low, high = second, first, -value, -high, -low
+    where = f" on {row['task']}{_labels(run, first, second)}, {plural(row['num_seeds'], 'seed')}"
+    if row["verdict"] == "not distinguishable":
+        lead = f"{first} and {second} are not distinguishable"
+        rest = f"{where}: the difference is {signed(value)} points [{signed(low)}, {signed(high)}]"
+    else:
+        lead = f"{first} beats {second} by {points(value)} points"
+        rest = f" [{points(low)}, {points(high)}]{where}"
+    rest += _cost(run, first, second, first if row["verdict"] == "not distinguishable" else "it")
+    if row["over"] == "problems":
+        rest += "; over problems only: another training run could come out differently"
+    return Sentence(row["verdict"], lead, rest)
+
+
+def prediction(row: Mapping[str, Any]) -> str | None:
+    """The answer to `a - b <= margin`; None for a comparison without a margin."""
+    if row.get("margin") is None or not row.get("outcome"):
+        return None
+    low, high = (signed(end) for end in row["ci95"])
+    found = f"the difference is {signed(row['difference'])} points [{low}, {high}]"
+    why = {
+        "confirmed": "the data rule out a larger difference",
+        "refuted": "the data show a larger difference",
+        "undecided": "the data rule out neither; this confirms nothing",
+    }[row["outcome"]]
+    claim = f"{row['a']} {MINUS} {row['b']} is at most {signed(row['margin'])} points on {row['task']}"
+    return f"Predicted: {claim}. {row['outcome'].capitalize()}: {found}; {why}."
+
+
+def points(share: float) -> str:
+    """A share in hundredths, with one decimal."""
+    return f"{100 * share:.1f}".replace("-0.0", "0.0").replace("-", MINUS)
+
+
+def signed(share: float) -> str:
+    """Like `points`, with its sign."""
+    return f"{100 * share:+.1f}".replace("-0.0", "+0.0").replace("-", MINUS)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def mean_over_seeds(arm: Mapping[str, Any], *path: str) -> float:
+    """Mean over an arm's seeds of a number in its rows, such as `("labels", "distinct")`; tokens add up over roles."""
+    values = []
+    for seed in arm["seeds"].values():
+        value = seed
+        for name in path:
+            value = value[name]
+        values.append(sum(value.values()) if isinstance(value, Mapping) else value)
+    return sum(values) / len(values)
+
+
+def _labels(run: Run, first: str, second: str) -> str:
+    arms = run.results.get("arms", {})
+    used = {name: round(mean_over_seeds(arms[name], "labels", "distinct")) for name in (first, second) if name in arms}
+    if len(set(used.values())) == 1 and len(used) == 2:
+        return f" at {plural(used[first], 'label')}"
+    return "".join(f" {'against' if i else 'with'} {plural(n, 'label')}" for i, n in enumerate(used.values()))
+
+
+def _cost(run: Run, first: str, second: str, subject: str) -> str:
+    arms = run.results.get("arms", {})
+    if first not in arms or second not in arms:
+        return ""
+    spent, other = (mean_over_seeds(arms[name], "cost", "tokens") for name in (first, second))
+    if not spent or not other:
+        return ""
+    ratio = spent / other
+    if 0.95 < ratio < 1.05:
+        return f"; {subject} costs about as many tokens"
+    return (
+        f"; {subject} costs {ratio:.2g} times the tokens"
+        if ratio < 10
+        else f"; {subject} costs {ratio:,.0f} times the tokens"
+    )

@@ -1,0 +1,158 @@
+"""The same problems answered before and after, and what went wrong; model output is passed on as it is, unescaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from headwater.report.directory import Run
+from headwater.report.headline import plural
+from headwater.report.tables import Table, count, share, when
+
+SHOWN_PROBLEMS, SHOWN_SAMPLES, SHOWN_CHARACTERS = 12, 3, 1500
+
+
+@dataclass(frozen=True)
+class Sample:
+    text: str
+    verdict: str
+    correct: bool
+    cut: int
+    """Characters left out."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's completions of a problem; `right` of `total` samples are right, the first few are shown."""
+
+    model: str
+    right: int
+    total: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with everybody's answers."""
+
+    problem: str
+    prompt: str
+    answer: str
+    answers: tuple[Answers, ...]
+
+
+@dataclass(frozen=True)
+class Cases:
+    task: str
+    seed: str
+    models: tuple[str, ...]
+    cases: tuple[Case, ...]
+    total: int
+
+
+def cases(run: Run, task: str) -> Cases | None:
+    """The first problems of an evaluation, as base student, trained teacher and every arm answered them in one seed."""
+    files = _evaluations(run, task)
+    seed = next((seed for _, by_seed in files for seed in by_seed), None)
+    if seed is None:
+        return None
+    answered = {}
+    for model, by_seed in files:
+        if seed in by_seed and (rows := run.rows(by_seed[seed], "samples.jsonl")):
+            answered[model] = {str(row.get("problem")): row for row in rows if "texts" in row}
+    problems: dict[str, Mapping[str, Any]] = {}
+    for rows in answered.values():
+        for problem, row in rows.items():
+            problems.setdefault(problem, row)
+    shown = [
+        Case(
+            problem,
+            "\n\n".join(str(message.get("content", "")) for message in row.get("prompt", [])),
+            str(row.get("answer", "")),
+            tuple(_answers(model, rows[problem]) for model, rows in answered.items() if problem in rows),
+        )
+        for problem, row in list(problems.items())[:SHOWN_PROBLEMS]
+    ]
+    return Cases(task, seed, tuple(answered), tuple(shown), len(problems)) if shown else None
+
+
+def _evaluations(run: Run, task: str) -> list[tuple[str, dict[str, str]]]:
+    """(name, seed -> evaluation's key), in the order in which they are shown."""
+    models, arms = run.results.get("models", {}), run.results.get("arms", {})
+    base = [(row["role"], row.get("evals", {})) for row in models.values() if row["role"] == "base student"]
+    taught: dict[str, dict[str, Any]] = {}
+    for row in models.values():
+        if row["role"] == "trained teacher":
+            taught.setdefault("trained teacher", {})
+            for seed, evals in row.get("evals", {}).items():
+                taught["trained teacher"].setdefault(seed, evals)
+    ends = [(name, {s: row.get("evals", {}) for s, row in arm["seeds"].items()}) for name, arm in arms.items()]
+    found = []
+    for name, by_seed in [*base, *taught.items(), *ends]:
+        keys = {s: PurePosixPath(evals[task]["per_problem"]).stem for s, evals in by_seed.items() if task in evals}
+        found.append((name, keys))
+    return found
+
+
+def _answers(model: str, row: Mapping[str, Any]) -> Answers:
+    samples = []
+    for i, text in enumerate(row["texts"][:SHOWN_SAMPLES]):
+        said = _get(row, "reasons", i) or "not graded"
+        style, finished = _get(row, "styles", i), _get(row, "finished", i)
+        words = [said, *([style] if style else []), *(["cut by the length limit"] if finished is False else [])]
+        left = max(0, len(text) - SHOWN_CHARACTERS)
+        samples.append(Sample(text[:SHOWN_CHARACTERS], ", ".join(words), bool(_get(row, "correct", i)), left))
+    return Answers(model, sum(row.get("correct", [])), len(row["texts"]), tuple(samples))
+
+
+def _get(row: Mapping[str, Any], name: str, index: int) -> Any:
+    values = row.get(name, [])
+    return values[index] if index < len(values) else None
+
+
+def failures(run: Run) -> list[tuple[str, str]]:
+    """(title, error) of every failed node."""
+    return [(node.title, node.error or "no message") for node in run.nodes.values() if node.state == "failed"]
+
+
+def unfinished(run: Run) -> list[str]:
+    """Arms of the recipe that results.json does not hold."""
+    return [name for name in run.arms if name not in run.results.get("arms", {})]
+
+
+def interruptions(run: Run) -> list[str]:
+    """Invocations after the first, in words: a run that was stopped and resumed says so."""
+    begun = [event for event in run.events if event.get("kind") == "run"]
+    if len(begun) < 2:
+        return []
+    ends = sum(event.get("kind") == "end" for event in run.events)
+    times = ", ".join(when(event.get("time")) for event in begun)
+    return [f"{plural(len(begun), 'invocation')} wrote here (begun {times}); {ends} came to an end by themselves."]
+
+
+def grading(run: Run) -> Table | None:
+    """How often grading itself gave out: evaluations' samples by reason, and stages' means over steps."""
+    rows = []
+    for key, node in run.nodes.items():
+        counts = _reasons(run, key)
+        bad = [counts.get(reason, 0) for reason in ("timeout", "memory", "error")]
+        if any(bad):
+            rows.append((node.title, *map(count, bad), count(sum(counts.values()))))
+        logged = [row for row in run.rows(key, "metrics.jsonl") if "grader/frac_timeout" in row]
+        names = ("grader/frac_timeout", "grader/frac_memory", "grader/frac_error")
+        means = [sum(row.get(name, 0) for row in logged) / len(logged) for name in names] if logged else []
+        if any(means):
+            rows.append((node.title, *(f"{share(mean)} %" for mean in means), "share of rollouts"))
+    head = ("node", "timeouts", "memory", "errors", "of")
+    return Table("Gradings that gave out; they count as wrong", head, tuple(rows)) if rows else None
+
+
+def _reasons(run: Run, key: str) -> Mapping[str, int]:
+    for row in [*run.results.get("models", {}).values(), *run.results.get("arms", {}).values()]:
+        for seed in (row.get("seeds") or row.get("evals") or {}).values():
+            for result in seed.get("evals", seed).values():
+                if isinstance(result, Mapping) and str(result.get("per_problem", "")).endswith(f"{key}.json"):
+                    return result.get("reasons", {})
+    return {}

@@ -1,0 +1,374 @@
+"""Tables of a run as plain values, and as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from headwater.report.directory import Run
+from headwater.report.headline import further, headlines, mean_over_seeds, points, prediction, signed
+
+Role = Literal["base", "teacher", "stage", "arm"]
+Bound = tuple[float | None, float | None]
+DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells; the first of a row is its header. `numeric` columns are set flush right."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One model on one task: shares in 0..1; labels and costs are means over seeds, None for what was not trained."""
+
+    name: str
+    role: Role
+    task: str
+    mean: float | None
+    ci95: Bound
+    over: str
+    num_seeds: int
+    passes: dict[str, tuple[float, Bound]]
+    unparsed: float | None
+    wrong: float | None
+    truncated: float | None
+    styles: dict[str, tuple[float, float]]
+    gap: tuple[float, Bound] | None = None
+    distinct: float | None = None
+    revealed: float | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    stages: tuple[str, ...] = ()
+    below: tuple[ArmRow, ...] = field(default=())
+    """The arm's rows stage by stage."""
+
+
+def tasks(run: Run) -> list[str]:
+    """Evaluations in the recipe's order, then any that only the results know."""
+    found = list(run.recipe.get("evaluations", {}))
+    for row in [*run.results.get("models", {}).values(), *run.results.get("arms", {}).values()]:
+        found += [task for task in row.get("summary", {}) if task not in found]
+    return found
+
+
+def arm_rows(run: Run, task: str) -> list[ArmRow]:
+    """Base models, trained teachers, then every arm: with its numbers when it is finished, empty when it is not."""
+    models, arms = run.results.get("models", {}), run.results.get("arms", {})
+    base = [row for row in models.values() if row["role"].startswith("base")]
+    taught = [row for row in models.values() if row["role"] == "trained teacher" and task in row.get("summary", {})]
+    rows = [_model_row(row, row["role"], "base", task) for row in base if task in row.get("summary", {})]
+    rows += [_model_row(row, f"teacher of {row.get('of', '?').partition('/')[0]}", "teacher", task) for row in taught]
+    for name in dict.fromkeys([*arms, *run.arms]):
+        rows.append(_arm_row(run, name, task) if name in arms else _unfinished(name, task))
+    return rows
+
+
+def _model_row(row: Mapping[str, Any], name: str, role: Role, task: str) -> ArmRow:
+    evals = [seed[task] for seed in row.get("evals", {}).values() if task in seed]
+    return _row(name, role, task, row.get("summary", {}).get(task), evals)
+
+
+def _arm_row(run: Run, name: str, task: str) -> ArmRow:
+    arm = run.results["arms"][name]
+    evals = [seed["evals"][task] for seed in arm["seeds"].values() if task in seed.get("evals", {})]
+    row = _row(name, "arm", task, arm.get("summary", {}).get(task), evals)
+    bill = {
+        "distinct": mean_over_seeds(arm, "labels", "distinct"),
+        "revealed": mean_over_seeds(arm, "labels", "revealed"),
+        "tokens": mean_over_seeds(arm, "cost", "tokens"),
+        "flops": mean_over_seeds(arm, "cost", "flops"),
+        "seconds": mean_over_seeds(arm, "cost", "seconds"),
+        "stages": tuple(arm.get("stages", ())) or tuple(_stage_of(run, k) for k in _first(arm["seeds"])["stages"]),
+    }
+    whole = ArmRow(**{**vars(row), **bill})
+    return ArmRow(**{**vars(whole), "below": tuple(_stage_rows(run, whole, arm, task))})
+
+
+def _stage_rows(run: Run, row: ArmRow, arm: Mapping[str, Any], task: str) -> list[ArmRow]:
+    """Bills of an arm's stages (means over seeds), with the accuracy after each where it was measured."""
+    found = []
+    models = run.results.get("models", {}).values()
+    for place, stage in enumerate(row.stages):
+        of = [m for m in models if m.get("of") == f"{row.name}/{stage}" and task in m.get("summary", {})]
+        shown = row if place == len(row.stages) - 1 else _model_row(of[0], stage, "stage", task) if of else None
+        shown = shown or _unfinished(stage, task)
+        bills = [s["by_stage"][place] for s in arm["seeds"].values() if len(s.get("by_stage", ())) > place]
+        mean = {name: _mean([_spent(bill, name) for bill in bills]) for name in ("tokens", "flops", "seconds")}
+        labels = {name: _mean([bill["labels"][name] for bill in bills]) for name in ("distinct", "revealed")}
+        kept = {**vars(shown), "name": stage, "role": "stage", "below": (), "gap": None, "stages": ()}
+        found.append(ArmRow(**{**kept, **mean, **labels}))
+    return found if any(r.tokens is not None or r.mean is not None for r in found) and len(found) > 1 else []
+
+
+def _row(
+    name: str, role: Role, task: str, summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]
+) -> ArmRow:
+    """What the summary does not say is taken from the seeds' evaluations as plain means without intervals."""
+    summary = summary or {}
+    passes: dict[str, tuple[float, Bound]] = {
+        k: (v["mean"], tuple(v.get("ci95", (None, None)))) for k, v in summary.get("pass@k", {}).items()
+    }
+    for k in evals[0].get("pass@k", {}) if evals and not passes else ():
+        passes[k] = (sum(e["pass@k"][k] for e in evals) / len(evals), (None, None))
+    parsed, right = _mean([e["parsed"] for e in evals if "parsed" in e]), summary.get("mean")
+    wrong = None if parsed is None or right is None else parsed - right
+    unparsed = None if parsed is None else 1 - parsed
+    gap = summary.get("gap_recovery")
+    return ArmRow(
+        name=name,
+        role=role,
+        task=task,
+        mean=right,
+        ci95=tuple(summary.get("ci95", (None, None))),
+        over=summary.get("over", ""),
+        num_seeds=len(evals),
+        passes=passes,
+        unparsed=summary.get("unparsed", unparsed),
+        wrong=summary.get("wrong", wrong),
+        truncated=summary.get("truncated", _mean([e["truncated"] for e in evals if "truncated" in e])),
+        styles=_styles(summary.get("styles"), evals),
+        gap=(gap["value"], tuple(gap["ci95"])) if gap and gap.get("value") is not None else None,
+    )
+
+
+def _styles(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Style -> (share of the samples, accuracy within it); over seeds, accuracy is weighted by the share."""
+    if summary:
+        return {name: (row["share"], row["accuracy"]) for name, row in summary.items()}
+    found: dict[str, tuple[float, float]] = {}
+    for name in dict.fromkeys(style for e in evals for style in e.get("styles") or {}):
+        rows = [e["styles"][name] for e in evals if name in (e.get("styles") or {})]
+        share = sum(row["share"] for row in rows)
+        right = sum(row["share"] * (row["accuracy"] or 0) for row in rows)
+        found[name] = (share / len(evals), right / share if share else 0.0)
+    return found
+
+
+def _unfinished(name: str, task: str) -> ArmRow:
+    return ArmRow(name, "arm", task, None, (None, None), "", 0, {}, None, None, None, {})
+
+
+def _stage_of(run: Run, key: str) -> str:
+    return run.nodes[key].stage if key in run.nodes else key[:8]
+
+
+def _first(seeds: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(iter(seeds.values()))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _spent(bill: Mapping[str, Any], name: str) -> float:
+    value = bill["cost"][name]
+    return sum(value.values()) if isinstance(value, Mapping) else value
+
+
+def bill_table(run: Run) -> Table | None:
+    """Labels of every arm seed by seed, of its stages as means over seeds, and of the whole study."""
+    rows = []
+    for name, arm in run.results.get("arms", {}).items():
+        for seed, bill in arm["seeds"].items():
+            for stage in bill.get("by_stage", ()):
+                rows.append((name, seed, stage["stage"], *_labels(stage["labels"])))
+            rows.append((name, seed, "arm (union)" if bill.get("by_stage") else "all stages", *_labels(bill["labels"])))
+    if not rows:
+        return None
+    if study := run.results.get("study"):
+        rows.append(("whole study", "all", "each stage once", *_labels(study["labels"])))
+    caption = "Label bills: distinct problems whose answers were used, and reveals (using an answer again counts again)"
+    return Table(caption, ("arm", "seed", "stage", "distinct", "revealed"), tuple(rows))
+
+
+def _labels(row: Mapping[str, Any]) -> tuple[str, str]:
+    return count(row["distinct"]), count(row["revealed"])
+
+
+def match_table(run: Run) -> Table | None:
+    """How many labels a baseline needs to reach an arm, from `labels_to_match`."""
+    rows = tuple(
+        (row["arm"], row["task"], count(row["labels"]), row["baseline"], match(row), match_bounds(row))
+        for row in run.results.get("labels_to_match", [])
+    )
+    head = ("arm", "task", "its labels", "baseline", "labels it needs", "95 % set")
+    return Table("Labels the baseline needs to match an arm", head, rows) if rows else None
+
+
+def match(row: Mapping[str, Any]) -> str:
+    """The number of labels at which the baseline's curve crosses; in words when it does not inside the budgets."""
+    if row.get("value") is not None:
+        return count(row["value"])
+    low, high = row["ci95"]
+    fewest, most = row["range"]
+    if low is not None and high is None:
+        return f"more than {count(most)}"
+    return f"fewer than {count(fewest)}" if high is not None and low is None else "outside the budgets"
+
+
+def match_bounds(row: Mapping[str, Any]) -> str:
+    """The confidence set in words; an open end lies outside the budgets that were run."""
+    low, high = row["ci95"]
+    fewest, most = row["range"]
+    if low is None and high is None:
+        return f"nothing between {count(fewest)} and {count(most)} is ruled out"
+    if low is None:
+        return f"fewer than {count(high)}"
+    return f"more than {count(low)}" if high is None else f"{count(low)} to {count(high)}"
+
+
+def comparison_rows(run: Run) -> list[tuple[str, ...]]:
+    """Declared comparisons as text: pair, task, difference in points with interval, p, seeds, over, verdict."""
+    rows = []
+    for row in run.results.get("comparisons", []):
+        low, high = row["ci95"]
+        rows.append(
+            (
+                f"{row['a']} \N{MINUS SIGN} {row['b']}",
+                row["task"],
+                f"{signed(row['difference'])} [{signed(low)}, {signed(high)}]",
+                p_value(row["p_adjusted"]),
+                str(row["num_seeds"]),
+                row["over"],
+                verdict_text(row),
+            )
+        )
+    return rows
+
+
+COMPARISON_HEAD = ("difference of", "task", "points [95 %]", "p (Holm)", "seeds", "interval over", "verdict")
+
+
+def verdict_text(row: Mapping[str, Any]) -> str:
+    """`bridge better`, `not distinguishable`; with the outcome of a prediction when the row declares one."""
+    side = {"a better": "a", "b better": "b"}.get(row["verdict"])
+    name = f"{row[side]} better" if side else str(row["verdict"])
+    outcome = f"; at most {signed(row['margin'])} points: {row['outcome']}" if row.get("outcome") else ""
+    return name + outcome
+
+
+def interval(mean: float | None, ci95: Bound, text: Any = points) -> str:
+    """`40.5 [37.6, 43.4]` in points; without brackets when there is no interval, a dash when there is nothing."""
+    if mean is None:
+        return DASH
+    low, high = ci95
+    return text(mean) if low is None or high is None else f"{text(mean)} [{text(low)}, {text(high)}]"
+
+
+def share(value: float | None) -> str:
+    return DASH if value is None else points(value)
+
+
+def count(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.0f}"
+
+
+def flops(value: float | None) -> str:
+    """`0.88 T`, `3.2 P`: with an SI prefix, three digits at most."""
+    if value is None:
+        return DASH
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def duration(value: float | None) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    if value is None:
+        return DASH
+    if value < 100:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def when(value: float | None) -> str:
+    return DASH if value is None else datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def p_value(value: float) -> str:
+    return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
+
+
+def style_text(row: ArmRow) -> str:
+    """`worked 90 x 44`: share of the samples times accuracy within it, in percent."""
+    return "; ".join(f"{n} {100 * s:.0f} \N{MULTIPLICATION SIGN} {100 * a:.0f}" for n, (s, a) in row.styles.items())
+
+
+def as_json(run: Run) -> str:
+    """results.json's own content, with the headline's sentences."""
+    said = [s.text for s in headlines(run)]
+    predicted = [text for row in run.results.get("comparisons", []) if (text := prediction(row))]
+    also = [s.text for s in further(run)]
+    return json.dumps({**run.results, "headline": said, "further": also, "predictions": predicted}, indent=1)
+
+
+CSV_HEAD = (
+    "name", "role", "task", "mean", "ci95_low", "ci95_high", "over", "num_seeds", "gap_recovery", "gap_low", "gap_high",
+    "labels_distinct", "labels_revealed", "tokens", "flops", "seconds", "unparsed", "wrong", "truncated",
+)  # fmt: skip
+
+
+def as_csv(run: Run) -> str:
+    """One row per model or arm and task; shares in 0..1, empty where there is no number."""
+    rows = [row for task in tasks(run) for row in arm_rows(run, task)]
+    ks = sorted({k for row in rows for k in row.passes}, key=int)
+    styles = list(dict.fromkeys(style for row in rows for style in row.styles))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    extra = [f"{what}_{style}" for style in styles for what in ("share", "accuracy")]
+    writer.writerow([*CSV_HEAD, *(f"pass@{k}" for k in ks), *extra])
+    for r in rows:
+        gap = (r.gap[0], *r.gap[1]) if r.gap else (None, None, None)
+        own = (r.name, r.role, r.task, r.mean, *r.ci95, r.over, r.num_seeds, *gap, r.distinct, r.revealed)
+        own += (r.tokens, r.flops, r.seconds, r.unparsed, r.wrong, r.truncated)
+        passes = [r.passes[k][0] if k in r.passes else None for k in ks]
+        shares = [value for style in styles for value in r.styles.get(style, (None, None))]
+        writer.writerow([*own, *passes, *shares])
+    return out.getvalue()
+
+
+MARKDOWN_HEAD = ("", "accuracy, % [95 %]", "gap recovery", "labels", "reveals", "tokens", "FLOPs", "seconds")
+
+
+def as_markdown(run: Run) -> str:
+    """Headline, the arms table of every task, and the comparisons."""
+    lines = [f"# {run.name}", ""]
+    lines += [f"**{_plain(s.text)}**\n" for s in headlines(run)] + [f"{_plain(s.text)}\n" for s in further(run)]
+    lines += [f"{_plain(text)}\n" for row in run.results.get("comparisons", []) if (text := prediction(row))]
+    for task in tasks(run):
+        rows = [
+            (
+                row.name, interval(row.mean, row.ci95), interval(*row.gap) if row.gap else DASH, count(row.distinct),
+                count(row.revealed), count(row.tokens), flops(row.flops), duration(row.seconds),
+            )
+            for row in arm_rows(run, task)
+        ]  # fmt: skip
+        lines += [f"## {task}", "", *_grid(MARKDOWN_HEAD, rows), ""]
+    if rows := comparison_rows(run):
+        lines += ["## Declared comparisons", "", *_grid(COMPARISON_HEAD, rows), ""]
+    return "\n".join(lines)
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
