@@ -1,7 +1,7 @@
-"""Pretrain the embedded world: a ladder of tiny Qwen3 models on arithmetic chains, gates, and the shipped pair.
+"""Pretrain the embedded world: a ladder of tiny Qwen3 models on arithmetic chains, gates, and the shipped ones.
 
     python scripts/pretrain_world.py                  train what is missing, evaluate, pick, write
-    src/headwater/data/world python scripts/pretrain_world.py --rungs 48x2,96x3 --no-ship
+    python scripts/pretrain_world.py --rungs 48x2,96x3 --no-ship
 
 Killing it at any time loses at most a minute: run the same command again. One thread and float32 on CPU, so a rung
 comes out the same bit for bit on one machine. Every rung sees the same documents in the same order.
@@ -337,7 +337,10 @@ def gate_values(evals: dict[str, Any]) -> dict[str, float]:
 
 
 def pick(ladder: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The smallest rung that passes the teacher's gates, the largest that passes the student's; absent where none."""
+    """The smallest rung that passes the teacher's gates, the largest that passes the student's; absent where none.
+
+    `larger`, the control of a larger teacher, is the top of the ladder where that is not the teacher itself.
+    """
     by_size = sorted(ladder, key=lambda rung: ladder[rung]["parameters"])
     chosen = {}
     for role, order in (("student", by_size), ("teacher", by_size[::-1])):
@@ -345,13 +348,15 @@ def pick(ladder: dict[str, dict[str, Any]]) -> dict[str, str]:
             values = gate_values(ladder[rung])
             if all(low <= values[name] <= high for name, (low, high) in GATES[role].items()):
                 chosen[role] = rung
+    if by_size[-1] not in chosen.values():
+        chosen["larger"] = by_size[-1]
     return chosen
 
 
 def ship(work: Path, settings: Settings, ladder: dict[str, dict[str, Any]], out: Path, command: str) -> None:
     """Copy the chosen rungs to `out` and write `world.json`: settings, gates, measurements, the hash of each file."""
     chosen = pick(ladder)
-    if len(chosen) < 2:
+    if not {"teacher", "student"} <= set(chosen):
         raise ValueError(f"gates passed only for {chosen}; add rungs, or change the operations or the modulus")
     files = {}
     for role, rung in chosen.items():

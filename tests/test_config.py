@@ -8,7 +8,20 @@ import pytest
 import tomli_w
 from pydantic import ValidationError
 
-from headwater.config import GRPO, SFT, Arm, Distill, Evaluation, Execution, Pool, Recipe, arm_stages, load_recipe
+from headwater.config import (
+    GRPO,
+    PRESETS,
+    SFT,
+    Arm,
+    Distill,
+    Evaluation,
+    Execution,
+    Pool,
+    Recipe,
+    Variant,
+    arm_stages,
+    load_recipe,
+)
 from headwater.overrides import merge, override
 from headwater.study.run import claim
 
@@ -69,7 +82,12 @@ def test_everything_round_trips(tmp_path: Path):
         ("stages.teacher_rl.method=grppo", ["stages.teacher_rl", "'grppo'", "'distill'"]),
         ("stages.sft.steps=1", ["stages.sft: 'method' is missing"]),
         ("stages.teacher_rl.method=warmup", ["stages.teacher_rl"]),
-        ("models.pupil.source=x", ["models.pupil", "'teacher' or 'student'"]),
+        ("models.pupil.source=x", ["no arm uses [models.pupil]"]),
+        ("pool.budgets=[64, 32]", ["pool", "[64, 32]", "ascending"]),
+        ("pool.budgets=[32, 64]", ["pool", "last of budgets", "128"]),
+        ("arms.x={preset='bridges'}", ["arms.x", "'bridges'", "raw-grpo"]),
+        ("tuning={lr=[1e-4, 1e-3], seeds=[9], problems=9, samples=1}", ["[stages.warmup] has lr = 0.0003", "one grid"]),
+        ("tuning={lr=[1e-4, 3e-4], seeds=[4, 5], problems=9, samples=1}", ["[4]", "tune on other seeds"]),
         ("execution.executor=slurm", ["execution.executor", "'slurm'", "'inline' or 'local:N'"]),
         ("execution.executor=local:0", ["'local:0'", "N >= 1"]),
         ("seeds=[1, 1]", ["[1, 1]", "distinct"]),
@@ -94,6 +112,13 @@ def test_refusals_name_the_key_the_value_and_the_choice(change: str, parts: list
         ("arms.lone={teacher='rl', bridge='sft'}", r"arm 'lone' needs \[stages.sft\]"),
         ("arms.direct.overrides.warmup.steps=3", "overrides 'warmup', which it does not run: it runs"),
         ("arms.direct.bridge=full", "a teacher if and only if it has a bridge"),
+        ("arms.direct.teacher_model=student", "no effect in an arm without a teacher"),
+        ("arms.bridge.teacher_model=larger", r"needs \[models.larger\]"),
+        ("arms.bridge.updates=bridge", "bridges of one stage; 'full' is not one"),
+        ("arms.bridge.match_flops=direct", "match_flops is for direct GRPO"),
+        ("arms.direct.match_flops=brigde", "must name an arm"),
+        ("arms.direct={preset='direct-matched', match_flops='direct'}", "not a matched one"),
+        ("arms.bridge.overrides.distill.divergence=constant", "is for bridge = 'no-teacher'"),
         ("arms.direct.finish=none", "direct GRPO: finish = 'full'"),
         ("arms.direct.split=true", "split and prompts are about a bridge"),
         ("arms.direct.prompts=unlabelled", "split and prompts are about a bridge"),
@@ -224,3 +249,39 @@ def test_execution_defaults_are_written_out(tmp_path: Path):
     assert written["execution"]["chunk_tokens"] == Execution().chunk_tokens
     assert written["stages"]["teacher_rl"]["clip_high"] == 0.2
     assert tomli_w.dumps(written) == (tmp_path / "recipe.toml").read_text()
+
+
+def test_every_preset_is_an_arm_and_its_own_keys_win():
+    for name in PRESETS:
+        arm = Arm.model_validate({"preset": name})
+        assert arm_stages(arm)[-1] in ("distill", "warmup", "sft", "joint", "student_rl"), name
+        assert Arm.model_validate(arm.model_dump()) == arm, "the resolved axes alone say the same"
+    assert Arm.model_validate({"preset": "bridge", "finish": "fresh"}) == Arm.model_validate({"preset": "fresh"})
+    raw, rl = (Arm.model_validate({"preset": name}) for name in ("raw-grpo", "bridge-grpo"))
+    assert arm_stages(raw) == ["warmup", "distill", "student_rl"] and arm_stages(rl) == ["teacher_rl", *arm_stages(raw)]
+
+
+def test_a_bridge_of_one_stage_can_have_the_updates_of_both():
+    recipe = load_recipe(QUICKSTART, ["arms.long={preset='opd-long'}", "arms.short={preset='opd'}"])
+    assert recipe.settings("short", "distill").steps == 30
+    assert recipe.settings("long", "distill").steps == 60
+    assert recipe.settings("long", "teacher_rl") == recipe.settings("short", "teacher_rl")
+
+
+def test_the_control_without_a_teacher_has_a_constant_advantage():
+    recipe = load_recipe(QUICKSTART, ["arms.alone={preset='no-teacher'}"])
+    settings = recipe.settings("alone", "distill")
+    assert isinstance(settings, Distill) and settings.divergence == "constant"
+    assert recipe.settings("bridge", "distill") == recipe.stages["distill"]
+
+
+def test_budgets_make_an_arm_and_a_comparison_at_each():
+    recipe = load_recipe(QUICKSTART, ["pool.budgets=[32, 128]"])
+    assert list(recipe.variants) == ["direct@32", "direct@128", "bridge@32", "bridge@128"]
+    assert recipe.variants["bridge@32"] == Variant(arm="bridge", labels=32)
+    pairs = [(pair.a, pair.b) for pair in recipe.pairs]
+    assert pairs[:2] == [("bridge@32", "direct@32"), ("bridge@128", "direct@128")]
+    assert ("bridge@32/teacher_rl", "base teacher") in pairs and len(pairs) == 6
+    fixed = load_recipe(QUICKSTART, ["pool.budgets=[32, 128]", "comparisons=[{a='bridge@32', b='direct@128'}]"])
+    assert [(pair.a, pair.b) for pair in fixed.pairs] == [("bridge@32", "direct@128")]
+    assert not load_recipe(QUICKSTART).pool.budgets

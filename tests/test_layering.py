@@ -14,6 +14,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "types",
     "overrides",
+    "methods",
+    "arms",
     "config",
     "spec",
     "ledger",

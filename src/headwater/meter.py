@@ -32,6 +32,11 @@ class Meter:
         """Tokens in all roles."""
         return int(sum(row["tokens"] for row in self._rows.values()))
 
+    @property
+    def flops(self) -> float:
+        """FLOPs in all roles."""
+        return sum(row["flops"] for row in self._rows.values())
+
     @contextmanager
     def timed(self, role: Role) -> Iterator[None]:
         """Add the wall seconds of the block to a role, less those of timed blocks inside it."""

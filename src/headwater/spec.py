@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, canonical
 
-REVISIONS = {"grpo": 1, "warmup": 1, "distill": 1, "sft": 1, "evaluate": 1}
+REVISIONS = {"grpo": 1, "warmup": 1, "distill": 1, "sft": 1, "joint": 1, "evaluate": 1}
 """Raised when a method's numbers change for the same specification; a golden trajectory fails until it is."""
 
 
@@ -55,6 +55,8 @@ class StageSpec(Frozen):
     grader: str | None = None
     grader_digest: str | None = None
     """Of a grader that is a file of the user's: when it changes, so do the rewards."""
+    match: tuple[str, ...] = ()
+    """Keys of stages: this one ends when it has spent as many FLOPs as they did together."""
 
     @property
     def label(self) -> str:
@@ -93,9 +95,11 @@ def key(spec: StageSpec | EvaluationSpec) -> str:
 
 
 def parents(spec: StageSpec | EvaluationSpec) -> list[str]:
-    """Keys of the stages whose weights this node reads."""
-    refs = [spec.start] + ([spec.teacher] if isinstance(spec, StageSpec) and spec.teacher else [])
-    return [ref.stage for ref in refs if ref.stage is not None]
+    """Keys of the stages that this node reads: their weights, or what they spent."""
+    refs, matched = [spec.start], ()
+    if isinstance(spec, StageSpec):
+        refs, matched = refs + ([spec.teacher] if spec.teacher else []), spec.match
+    return [*(ref.stage for ref in refs if ref.stage is not None), *matched]
 
 
 def digest(value: object) -> str:

@@ -32,7 +32,7 @@ def group(problem: Problem, *rows: tuple[int, float]) -> grpo.Group:
 
 def test_batch_by_hand(problems):
     groups = [group(problems[0], (2, 1.0), (3, 0.0)), group(problems[1], (1, 0.0), (6, 0.0))]
-    batch, rewards = grpo._batch(settings(), groups)
+    batch, rewards = grpo.group_batch(settings(), groups)
     assert rewards.tolist() == [[1, 0], [0, 0]] and batch.lengths == [2, 3, 1, 6]
     # Mean 0.5, sample standard deviation 1 / sqrt(2).
     a = 0.5 / (0.5**0.5 + 1e-6)
@@ -40,13 +40,13 @@ def test_batch_by_hand(problems):
     assert batch.fields["sampler"][1].tolist() == [-0.5, -1.0, -1.5]
     assert [f.tolist() for f in batch.fields["finished"]] == [[True] * 2, [True] * 3, [True], [False] * 6]
     # Penalty of lengths 1..6 with a buffer of 2 before 6: 0, 0, 0, 0, -1/2, -1. Only advantages see it.
-    batch, rewards = grpo._batch(settings(overlong="penalty", overlong_buffer=2, advantage="mean"), groups)
+    batch, rewards = grpo.group_batch(settings(overlong="penalty", overlong_buffer=2, advantage="mean"), groups)
     assert rewards.tolist() == [[1, 0], [0, 0]]
     assert torch.cat(batch.fields["advantages"]).tolist() == pytest.approx([0.5] * 2 + [-0.5] * 3 + [0.5] + [-0.5] * 6)
 
 
 def test_parts_are_disjoint_and_keep_groups_whole(problems):
-    batch, _ = grpo._batch(settings(), [group(p, (i + 1, 1.0), (i + 1, 0.0)) for i, p in enumerate(problems[:5])])
+    batch, _ = grpo.group_batch(settings(), [group(p, (i + 1, 1.0), (i + 1, 0.0)) for i, p in enumerate(problems[:5])])
     parts = grpo._parts(batch, settings(updates_per_batch=2))
     assert [part.lengths for part in parts] == [[1, 1, 3, 3, 5, 5], [2, 2, 4, 4]]
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from headwater import checkpoint
-from headwater.config import Distill, TeacherRollouts, Warmup
+from headwater.config import Distill, Joint, TeacherRollouts, Warmup
 from headwater.losses.dense import dense_divergence
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
@@ -69,10 +69,15 @@ def count_sampled(run: StageRun, model: LanguageModel, rollouts: Sequence[Rollou
 
 
 def dense_loss(
-    settings: Distill | Warmup, teacher: LanguageModel | None, vocab_size: int, denominator: float, run: StageRun
+    settings: Distill | Joint | Warmup,
+    teacher: LanguageModel | None,
+    vocab_size: int,
+    denominator: float,
+    run: StageRun,
 ) -> Loss:
     """Exact divergence from the teacher's hidden states, or from stored top-k + tail when `teacher` is None."""
-    kind = settings.divergence if isinstance(settings, Distill) else "forward_kl"
+    kind = settings.divergence if isinstance(settings, Distill) else "reverse_kl"
+    kind = "forward_kl" if isinstance(settings, Warmup) else kind
     beta = (settings.beta if isinstance(settings, Distill) else None) or 0.5
     if kind not in ("reverse_kl", "forward_kl", "jsd"):
         raise ValueError(f"{kind} is a policy gradient on drawn tokens, not a divergence over the vocabulary")

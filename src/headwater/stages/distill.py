@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from headwater.config import Distill
-from headwater.losses.policy import sampled_reverse_kl
+from headwater.losses.policy import clipped_policy_gradient, sampled_reverse_kl
 from headwater.losses.projection import token_logprobs
 from headwater.models.language_model import LanguageModel, check_same_tokenizer
 from headwater.rollouts import streams
@@ -25,7 +25,7 @@ def train(
     settings: Distill,
     *,
     student: LanguageModel,
-    teacher: LanguageModel,
+    teacher: LanguageModel | None,
     problems: Sequence[Problem],
     seed: int,
     run: StageRun,
@@ -33,11 +33,18 @@ def train(
     """Train `student` in place on its own rollouts; answers are never looked at, so prompts without any will do.
 
     The gradient goes through the student's distribution at the visited prefixes and not through the sampling
-    (arXiv:2605.12483, stage 2b). Returns the optimizer, whose masters are the result.
+    (arXiv:2605.12483, stage 2b). Without a teacher (divergence = "constant", and only then) every drawn token has the
+    advantage -1 instead. Returns the optimizer, whose masters are the result.
     Raises ValueError for different tokenizers or too few problems, NonFiniteError as `update` does.
     """
     check_pool(problems, settings.problems_per_step, labelled=False)
-    check_same_tokenizer(student, teacher)
+    if (teacher is None) != (settings.divergence == "constant"):
+        raise ValueError(
+            f"divergence = {settings.divergence!r} and {'a' if teacher else 'no'} teacher: give a teacher to all but "
+            "'constant'"
+        )
+    if teacher is not None:
+        check_same_tokenizer(student, teacher)
     ex, mesh, per_step = run.execution, run.mesh, settings.problems_per_step
     sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens, mesh=mesh)
     optimizer = AdamW(student, settings.optimizer)
@@ -54,10 +61,11 @@ def train(
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
         batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
         mine = batch.shard(mesh)
-        if settings.divergence in ("sampled_token", "sampled_sequence"):
-            with run.meter.timed("scored"):
-                view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
-                mine = mine.with_fields(teacher=score_tokens(teacher, mine, view))
+        if settings.divergence in ("sampled_token", "sampled_sequence", "constant"):
+            if teacher is not None:
+                with run.meter.timed("scored"):
+                    view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
+                    mine = mine.with_fields(teacher=score_tokens(teacher, mine, view))
             loss = sampled_loss(settings, student.vocab_size, denominator, ex.chunk_tokens)
         else:
             loss = dense_loss(settings, teacher, student.vocab_size, denominator, run)
@@ -66,7 +74,8 @@ def train(
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
-        run.meter.add("scored", batch.num_tokens, teacher.num_parameters)
+        if teacher is not None:
+            run.meter.add("scored", batch.num_tokens, teacher.num_parameters)
         run.meter.add("trained", batch.num_tokens, student.num_parameters)
 
         run.log(step, settings.steps, {**rollout_metrics(rollouts), **metrics})
@@ -77,7 +86,8 @@ def train(
 
 
 def sampled_loss(settings: Distill, vocab_size: int, denominator: float, chunk_tokens: int) -> Loss:
-    """Policy gradient of the reverse KL on the drawn tokens: token horizon (discount 0) or the whole sequence."""
+    """Policy gradient on the drawn tokens: of the reverse KL with token horizon (discount 0) or over the whole
+    sequence, or of the constant advantage -1, whose expectation is 0."""
 
     def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
         logprobs, entropy = token_logprobs(
@@ -88,14 +98,20 @@ def sampled_loss(settings: Distill, vocab_size: int, denominator: float, chunk_t
             temperature=settings.temperature,
             chunk_tokens=chunk_tokens,
         )
-        total, _, metrics = sampled_reverse_kl(
-            logprobs,
-            micro.fields["teacher"],
-            micro.fields["weights"],
-            sequence_ids=micro.sequence_ids,
-            num_sequences=micro.num_sequences,
-            horizon="token" if settings.divergence == "sampled_token" else "sequence",
-        )
+        weights, sequences = micro.fields["weights"], (micro.sequence_ids, micro.num_sequences)
+        if settings.divergence == "constant":
+            total, _, metrics = clipped_policy_gradient(
+                logprobs, -torch.ones_like(weights), weights, sequence_ids=sequences[0], num_sequences=sequences[1]
+            )
+        else:
+            total, _, metrics = sampled_reverse_kl(
+                logprobs,
+                micro.fields["teacher"],
+                weights,
+                sequence_ids=sequences[0],
+                num_sequences=sequences[1],
+                horizon="token" if settings.divergence == "sampled_token" else "sequence",
+            )
         metrics["policy/entropy"] = (entropy.sum(), torch.tensor(float(len(entropy))))
         return [Term(total, denominator)], metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,11 +35,13 @@ def train(
     seed: int,
     run: StageRun,
     reference: LanguageModel | None = None,
+    max_flops: float | None = None,
 ) -> AdamW:
     """Train `policy` in place on labelled problems; resumes from `run`'s newest checkpoint.
 
     Every problem whose answer a step used is written to the ledger before the weights change. `reference` is the KL
-    anchor and needed when `settings.kl_coef` > 0. Returns the optimizer, whose masters are the result.
+    anchor and needed when `settings.kl_coef` > 0. With `max_flops` the stage ends before `settings.steps`, after the
+    first step that brings its FLOPs there. Returns the optimizer, whose masters are the result.
     Raises ValueError for problems without answers or fewer than a step needs, NonFiniteError as `update` does.
     """
     check_pool(problems, settings.problems_per_step, labelled=True)
@@ -50,32 +53,36 @@ def train(
     optimizer = AdamW(policy, settings.optimizer)
 
     for step in range(run.restore(optimizer), settings.steps):
+        if max_flops is not None and run.meter.flops >= max_flops:
+            break
         sampler.load(None, step)
         drawn = streams.epoch_order(
             problems, step * settings.problems_per_step, settings.problems_per_step, "grpo", seed
         )
         groups, redrawn = _live_groups(settings, drawn, problems, sampler, grade, (seed, step), run)
         run.ledger.reveal(step, [p.id for p, _, _ in groups + redrawn])
-        batch, rewards = _batch(settings, groups)
+        batch, rewards = group_batch(settings, groups)
         metrics = _update_epochs(settings, policy, optimizer, batch, reference, step, run)
 
         rollouts, verdicts = rows_of([g[1] for g in groups]), rows_of([g[2] for g in groups])
-        dead = (rewards.amax(1) == rewards.amin(1)).float()
-        run.log(
-            step,
-            settings.steps,
-            {
-                "reward/mean": float(rewards.mean()),
-                "reward/frac_groups_zero_std": float(dead.mean()),
-                "reward/groups_redrawn": float(len(redrawn)),
-                **rollout_metrics(rollouts, verdicts),
-                **metrics,
-            },
-        )
+        steps = settings.steps if max_flops is None else steps_to_flops(step + 1, run.meter.flops, max_flops)
+        observed = reward_metrics(rewards) | {"reward/groups_redrawn": float(len(redrawn))}
+        run.log(step, steps, {**observed, **rollout_metrics(rollouts, verdicts), **metrics})
         run.show(step, rollouts, verdicts)
         run.evaluate_if_due(step + 1)
         run.save_if_due(step + 1, settings.steps, optimizer)
     return optimizer
+
+
+def reward_metrics(rewards: torch.Tensor) -> dict[str, float]:
+    """Mean reward and the share of dead groups of rewards [problems, group]."""
+    dead = (rewards.amax(1) == rewards.amin(1)).float()
+    return {"reward/mean": float(rewards.mean()), "reward/frac_groups_zero_std": float(dead.mean())}
+
+
+def steps_to_flops(done: int, flops: float, max_flops: float) -> int:
+    """Steps in all of a stage that ends when its FLOPs are spent, as the steps so far foretell."""
+    return max(done, math.ceil(done * max_flops / flops))
 
 
 def policy_loss(settings: GRPO, execution: Execution, vocab_size: int, denominator: float) -> Loss:
@@ -134,7 +141,7 @@ def _live_groups(
 
     What is still dead after the last round stays in the batch, where its advantages are 0.
     """
-    groups = _sample_groups(settings, drawn, sampler, grade, ("grpo", *place, 0), run)
+    groups = sample_groups(settings, drawn, sampler, grade, ("grpo", *place, 0), run)
     redrawn: list[Group] = []
     for round_ in range(1, settings.redraws + 1):
         dead = [g for g in groups if _is_dead(g)]
@@ -147,11 +154,11 @@ def _live_groups(
         replaced, kept_dead = dead[: len(fresh)], dead[len(fresh) :]
         redrawn += replaced
         live = [g for g in groups if not _is_dead(g)]
-        groups = live + kept_dead + _sample_groups(settings, fresh, sampler, grade, ("grpo", *place, round_), run)
+        groups = live + kept_dead + sample_groups(settings, fresh, sampler, grade, ("grpo", *place, round_), run)
     return groups, redrawn
 
 
-def _sample_groups(
+def sample_groups(
     settings: GRPO,
     problems: list[Problem],
     sampler: TransformersSampler,
@@ -175,7 +182,7 @@ def _is_dead(group: Group) -> bool:
     return len({v.score for v in group[2]}) == 1
 
 
-def _batch(settings: GRPO, groups: list[Group]) -> tuple[Batch, torch.Tensor]:
+def group_batch(settings: GRPO, groups: list[Group]) -> tuple[Batch, torch.Tensor]:
     """Rows with advantages and the sampler's log-probs; and the rewards [problems, group] before any penalty."""
     rollouts = rows_of([g[1] for g in groups])
     rewards = torch.tensor([[v.score for v in g[2]] for g in groups])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
+import subprocess
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,16 +17,16 @@ from typing import Any
 import torch
 
 from headwater import assets, spec
-from headwater.config import GRPO, SFT, Distill, Execution, Warmup
+from headwater.config import GRPO, SFT, Distill, Execution, Joint, Warmup
 from headwater.evals.evaluate import evaluate
 from headwater.grading.pool import GraderPool
 from headwater.mesh import join
-from headwater.meter import Meter
+from headwater.meter import Meter, total
 from headwater.models.gguf import convert_gguf
 from headwater.models.language_model import LanguageModel, load_model
 from headwater.run import OnLog, StageRun, lease, save_model, set_deterministic
 from headwater.spec import EvaluationSpec, ModelRef, Problems, StageSpec
-from headwater.stages import distill, grpo, sft, warmup
+from headwater.stages import distill, grpo, joint, sft, warmup
 from headwater.store import Store
 from headwater.tasks import load_task
 from headwater.tasks.pool import draw_pool, half, pool_digest
@@ -135,9 +138,34 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "packages": {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "commit": _commit(),
     }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Of the checkout that this package is run from, `+changes` when files differ; None when it is installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        if subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True).returncode:
+            return None
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def _grader(grader: str, execution: Execution) -> GraderPool:
@@ -201,11 +229,22 @@ def _dispatch(
     grade = graders[0].grade if graders else None
     teacher = open_model(node.teacher, store, run.execution) if node.teacher else None
     match node.settings:
+        case Joint() as settings:
+            assert teacher is not None and grade is not None
+            return joint.train(
+                settings, student=policy, teacher=teacher, problems=problems, grade=grade, seed=node.seed, run=run
+            )
         case GRPO() as settings:
             assert grade is not None
-            reference = open_model(node.start, store, run.execution) if settings.kl_coef else None
             return grpo.train(
-                settings, policy=policy, problems=problems, grade=grade, seed=node.seed, run=run, reference=reference
+                settings,
+                policy=policy,
+                problems=problems,
+                grade=grade,
+                seed=node.seed,
+                run=run,
+                reference=open_model(node.start, store, run.execution) if settings.kl_coef else None,
+                max_flops=total([store.outcome(k)["meter"] for k in node.match])["flops"] if node.match else None,
             )
         case Warmup() as settings:
             assert teacher is not None
@@ -213,7 +252,6 @@ def _dispatch(
                 settings, student=policy, teacher=teacher, problems=problems, seed=node.seed, run=run, grade=grade
             )
         case Distill() as settings:
-            assert teacher is not None
             return distill.train(settings, student=policy, teacher=teacher, problems=problems, seed=node.seed, run=run)
         case SFT() as settings:
             return sft.train(

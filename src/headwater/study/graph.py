@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater import assets, spec
-from headwater.config import GRPO, SFT, Arm, Distill, ModelConfig, Recipe, TeacherRollouts, arm_stages, needs_answers
+from headwater.config import (
+    GRPO,
+    SFT,
+    Distill,
+    ModelConfig,
+    Recipe,
+    TeacherRollouts,
+    arm_stages,
+    needs_answers,
+)
 from headwater.grading.child import split_spec
 from headwater.spec import REVISIONS, EvaluationSpec, ModelRef, Problems, StageSpec
 from headwater.tasks import load_task
@@ -25,12 +34,14 @@ Part = Literal["all", "first", "second"]
 class Graph:
     """Nodes by key in topological order; which of them each arm and model row is made of.
 
-    `arms[name][seed]` are the keys of the arm's stages, the last one its student. `evals[(model, evaluation, seed)]` is
-    an evaluation's key, where `model` is a stage's key, "student" or "teacher" (the untrained ones).
+    `arms[variant][seed]` are the keys of the arm's stages, the last one its student. `evals[(model, evaluation, seed)]`
+    is an evaluation's key, where `model` is a stage's key or the name of an untrained model. `names[key]` is the name
+    of the stage or of the evaluation.
     """
 
     nodes: dict[str, StageSpec | EvaluationSpec] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     arms: dict[str, dict[int, list[str]]] = field(default_factory=dict)
     teachers: dict[str, None] = field(default_factory=dict)
     evals: dict[tuple[str, str, int], str] = field(default_factory=dict)
@@ -40,9 +51,10 @@ class Graph:
     requested: int = 0
     """Stages that the arms would train if nothing were shared."""
 
-    def add(self, node: StageSpec | EvaluationSpec, title: str) -> str:
+    def add(self, node: StageSpec | EvaluationSpec, name: str, title: str) -> str:
         key = spec.key(node)
         self.nodes.setdefault(key, node)
+        self.names.setdefault(key, name)
         self.titles.setdefault(key, title)
         return key
 
@@ -67,26 +79,33 @@ class _Planner:
         self._data: dict[tuple[str, str], Sequence[Problem]] = {}
         self._models: dict[str, ModelRef] = {role: self._ref(model) for role, model in recipe.models.items()}
         self._check_data()
-        for name, arm in recipe.arms.items():
-            _check_budget(recipe, name, arm)
+        # A matched arm needs the keys of the arm it is matched to.
+        for name, variant in sorted(recipe.variants.items(), key=lambda item: self._is_matched(item[1].arm)):
+            _check_budget(recipe, name)
             for seed in recipe.seeds:
-                self.graph.arms.setdefault(name, {})[seed] = self._arm(name, arm, seed)
+                self.graph.arms.setdefault(name, {})[seed] = self._arm(variant.arm, variant.labels, seed)
+        self.graph.arms = {name: self.graph.arms[name] for name in recipe.variants}
         self._evaluations()
 
-    def _arm(self, name: str, arm: Arm, seed: int) -> list[str]:
+    def _is_matched(self, arm: str) -> bool:
+        return self.recipe.arms[arm].match_flops is not None
+
+    def _arm(self, name: str, labels: int, seed: int) -> list[str]:
         stages: list[str] = []
+        arm = self.recipe.arms[name]
         upstream: Part = "first" if arm.halves else "all"
         finish: Part = {"fresh": "second", "replay": "first"}.get(arm.finish, "all")  # pyright: ignore -- all three are parts
-        student, teacher = self._models["student"], self._models.get("teacher")
+        student, teacher = self._models["student"], self._models.get(arm.teacher_model)
+        at = f", {labels} labels" if self.recipe.pool.budgets else ""
         for stage in arm_stages(arm):
             settings = self.recipe.settings(name, stage)
-            of_teacher = stage == "teacher_rl"
+            of_teacher = stage in ("teacher_rl", "teacher_sft")
             start = teacher if of_teacher else student
             assert start is not None
-            sparse = isinstance(settings, GRPO)
             labelled = needs_answers(settings)
-            taught = not sparse and not (isinstance(settings, SFT) and settings.tokens == "solutions")
-            part = finish if stage == "student_rl" else upstream
+            dense = not of_teacher and stage != "student_rl"
+            solutions = isinstance(settings, SFT) and settings.tokens == "solutions"
+            taught = dense and arm.teacher != "none" and not solutions
             node = StageSpec(
                 settings=settings,
                 revision=REVISIONS[settings.method],
@@ -94,12 +113,17 @@ class _Planner:
                 start=start,
                 teacher=teacher if taught else None,
                 problems=self._pool(
-                    seed, part, labelled=labelled, unlabelled=not sparse and arm.prompts == "unlabelled"
+                    labels,
+                    seed,
+                    finish if stage == "student_rl" else upstream,
+                    labelled=labelled,
+                    unlabelled=dense and arm.prompts == "unlabelled",
                 ),
                 grader=self._grader(self.recipe.task) if labelled else None,
                 grader_digest=_code(self._grader(self.recipe.task)) if labelled else None,
+                match=self._matched(arm.match_flops, labels, seed),
             )
-            key = self.graph.add(node, f"{stage}, seed {seed}")
+            key = self.graph.add(node, stage, f"{stage}, seed {seed}{at}")
             self.graph.requested += 1
             stages.append(key)
             if of_teacher:
@@ -109,9 +133,13 @@ class _Planner:
                 student = start.model_copy(update={"stage": key})
         return stages
 
-    def _pool(self, seed: int, part: Part, *, labelled: bool, unlabelled: bool) -> Problems:
-        pool = self.recipe.pool
-        split, count = ("unlabelled", pool.unlabelled) if unlabelled else ("train", pool.labels)
+    def _matched(self, arm: str | None, labels: int, seed: int) -> tuple[str, ...]:
+        if arm is None:
+            return ()
+        return tuple(self.graph.arms[f"{arm}@{labels}" if self.recipe.pool.budgets else arm][seed])
+
+    def _pool(self, labels: int, seed: int, part: Part, *, labelled: bool, unlabelled: bool) -> Problems:
+        split, count = ("unlabelled", self.recipe.pool.unlabelled) if unlabelled else ("train", labels)
         part = "all" if unlabelled else part
         problems = half(self._draw(self.recipe.task, split, count, seed, f"the {split} pool"), part)
         return Problems(
@@ -153,13 +181,13 @@ class _Planner:
             for seed in recipe.seeds:
                 for role, ref in self._models.items():
                     self.graph.evals[role, name, seed] = self.graph.add(
-                        node(ref, seed), f"{name} of base {role}, seed {seed}"
+                        node(ref, seed), name, f"{name} of base {role}, seed {seed}"
                     )
                 for stage in self._endpoints(seed):
                     of = self.graph.nodes[stage]
                     ref = of.start.model_copy(update={"stage": stage})
                     title = f"{name} after {self.graph.titles[stage]}"
-                    self.graph.evals[stage, name, seed] = self.graph.add(node(ref, seed), title)
+                    self.graph.evals[stage, name, seed] = self.graph.add(node(ref, seed), name, title)
             if not self.graph.monitors:
                 few = min(recipe.execution.eval_problems, settings.problems)
                 shown = seen.model_copy(update={"count": few, "digest": pool_digest(problems[:few], labelled=True)})
@@ -245,25 +273,30 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def most_reveals(recipe: Recipe, name: str, arm: Arm) -> int:
-    """Upper bound of the answers an arm reveals in one seed, counting a re-read again."""
+def most_reveals(recipe: Recipe, name: str) -> int | None:
+    """Upper bound of the answers that a variant of an arm reveals in a seed, counting a re-read again; None where FLOPs
+    set its length."""
+    variant = recipe.variants[name]
+    if recipe.arms[variant.arm].match_flops is not None:
+        return None
     total = 0
-    for stage in arm_stages(arm):
-        settings = recipe.settings(name, stage)
+    for stage in arm_stages(recipe.arms[variant.arm]):
+        settings = recipe.settings(variant.arm, stage)
         if isinstance(settings, GRPO):
             total += settings.steps * settings.problems_per_step * (1 + settings.redraws)
         elif isinstance(settings, TeacherRollouts) and settings.keep != "all":
-            total += recipe.pool.labels
+            total += variant.labels
         elif isinstance(settings, SFT) and settings.tokens == "solutions":
             total += settings.steps * settings.sequences_per_step
     return total
 
 
-def _check_budget(recipe: Recipe, name: str, arm: Arm) -> None:
-    size = recipe.pool.labels
+def _check_budget(recipe: Recipe, name: str) -> None:
+    variant = recipe.variants[name]
+    arm = recipe.arms[variant.arm]
     for stage in arm_stages(arm):
-        settings = recipe.settings(name, stage)
-        available = size // 2 if arm.halves else size
+        settings = recipe.settings(variant.arm, stage)
+        available = variant.labels // 2 if arm.halves else variant.labels
         if isinstance(settings, Distill) and arm.prompts == "unlabelled":
             available = recipe.pool.unlabelled
         needed = settings.problems_per_step if isinstance(settings, GRPO | Distill) else 1
@@ -273,8 +306,12 @@ def _check_budget(recipe: Recipe, name: str, arm: Arm) -> None:
                 f"{available}: lower problems_per_step or raise pool.labels"
             )
     limit = recipe.pool.max_reveals
-    if limit is not None and (reveals := most_reveals(recipe, name, arm)) > limit:
+    if limit is None:
+        return
+    reveals = most_reveals(recipe, name)
+    if reveals is None or reveals > limit:
+        count = "an unknown number of" if reveals is None else f"up to {reveals}"
         raise ValueError(
-            f"arm {name!r} would reveal up to {reveals} answers a seed, over pool.max_reveals = {limit}: "
+            f"arm {name!r} would reveal {count} answers a seed, over pool.max_reveals = {limit}: "
             "lower steps or problems_per_step, or raise the budget"
         )

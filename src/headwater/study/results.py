@@ -1,22 +1,30 @@
-"""From finished nodes to `results.json`: bills, summaries with intervals, declared comparisons."""
+"""From finished nodes to `results.json`: bills, summaries with intervals, declared comparisons, label curves."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from headwater.arms import StageName
 from headwater.checkpoint import write_atomically
 from headwater.config import Recipe, arm_stages
-from headwater.evals.statistics import holm, mean_interval, paired_difference, verdict
+from headwater.evals.statistics import (
+    gap_recovery,
+    holm,
+    labels_to_match,
+    mean_interval,
+    noninferior,
+    paired_difference,
+    pass_at_k,
+    verdict,
+)
 from headwater.meter import total
 from headwater.store import Store
 from headwater.study.graph import Graph
-
-BASE = {"base student": "student", "base teacher": "teacher"}
 
 
 @dataclass(frozen=True)
@@ -25,32 +33,50 @@ class _Reader:
     graph: Graph
     store: Store
     out: Path
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def outcome(self, key: str) -> dict[str, Any]:
+        if key not in self.outcomes:
+            self.outcomes[key] = self.store.outcome(key)
+        return self.outcomes[key]
+
+    def result(self, model: str, evaluation: str, seed: int) -> dict[str, Any]:
+        return self.outcome(self.graph.evals[model, evaluation, seed])["result"]
+
+    def is_finished(self, endpoint: str) -> bool:
+        """Whether every evaluation of an endpoint is there, on every seed."""
+        recipe = self.recipe
+        models = [(self.model(endpoint, seed), seed) for seed in recipe.seeds]
+        keys = [self.graph.evals[model, name, seed] for model, seed in models for name in recipe.evaluations]
+        return all(map(self.store.is_done, keys))
 
     def evals(self, model: str, seed: int) -> dict[str, Any]:
         """Every evaluation of a model: the numbers, with the per-problem scores in a file of their own."""
         out = {}
         for name in self.recipe.evaluations:
             key = self.graph.evals[model, name, seed]
-            result = dict(self.store.outcome(key)["result"])
+            result = dict(self.outcome(key)["result"])
             file = f"evals/{key}.json"
             write_atomically(self.out / file, json.dumps(result.pop("per_problem")))
             out[name] = {**result, "per_problem": file}
         return out
 
     def scores(self, endpoint: str, evaluation: str) -> np.ndarray:
-        """avg@k as [seeds, problems] of an arm, `ARM/STAGE`, `base student` or `base teacher`."""
-        rows = []
-        for seed in self.recipe.seeds:
-            key = self.graph.evals[self.endpoint(endpoint, seed), evaluation, seed]
-            rows.append(list(self.store.outcome(key)["result"]["per_problem"].values()))
-        return np.array(rows)
+        """avg@k as [seeds, problems] of an arm, `ARM/STAGE` or `base MODEL`."""
+        seeds = self.recipe.seeds
+        rows = [self.result(self.model(endpoint, seed), evaluation, seed)["per_problem"] for seed in seeds]
+        return np.array([list(row.values()) for row in rows])
 
-    def endpoint(self, name: str, seed: int) -> str:
-        if name in BASE:
-            return BASE[name]
-        arm, _, stage = name.partition("/")
-        stages = self.graph.arms[arm][seed]
-        return stages[arm_stages(self.recipe.arms[arm]).index(stage)] if stage else stages[-1]
+    def model(self, endpoint: str, seed: int) -> str:
+        """The name under which the graph's evaluations know an endpoint."""
+        if endpoint.startswith("base "):
+            return endpoint.removeprefix("base ")
+        name, _, stage = endpoint.partition("/")
+        stages = self.graph.arms[name][seed]
+        return stages[self.stages(name).index(stage)] if stage else stages[-1]  # pyright: ignore -- checked by the recipe
+
+    def stages(self, name: str) -> list[StageName]:
+        return arm_stages(self.recipe.arms[self.recipe.variants[name].arm])
 
     def labels(self, stages: list[str]) -> dict[str, int]:
         ledgers = [self.store.ledger(key) for key in stages]
@@ -58,37 +84,28 @@ class _Reader:
         return {"distinct": len(distinct), "revealed": sum(ledger.revealed for ledger in ledgers)}
 
     def cost(self, stages: list[str]) -> dict[str, Any]:
-        return total([self.store.outcome(key)["meter"] for key in stages])
+        return total([self.outcome(key)["meter"] for key in stages])
 
 
 def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, Any]:
     """The contents of `results.json` (schema 1); writes the per-problem files that it names under `out/evals`.
 
-    An arm's labels are the union over its stages; its cost adds them up, whoever else shares them. `study` counts every
-    stage once.
+    What is not finished on every seed is left out, and `complete` is false. An arm's labels are the union over its
+    stages; its cost adds them up, whoever else shares them. `study` counts every stage once.
     """
     (out / "evals").mkdir(parents=True, exist_ok=True)
     reader = _Reader(recipe, graph, store, out)
-    arms: dict[str, Any] = {}
-    for name, by_seed in graph.arms.items():
-        seeds = {
-            str(seed): {
-                "stages": stages,
-                "labels": reader.labels(stages),
-                "cost": reader.cost(stages),
-                "evals": reader.evals(stages[-1], seed),
-            }
-            for seed, stages in by_seed.items()
-        }
-        summary = {evaluation: _summary(reader.scores(name, evaluation)) for evaluation in recipe.evaluations}
-        arms[name] = {"seeds": seeds, "summary": summary}
-    stages = graph.stages
+    finished = [name for name in graph.arms if reader.is_finished(name)]
+    stages = [key for key in graph.stages if store.is_done(key)]
+    curves = _curves(reader, finished)
     return {
         "schema": 1,
         "recipe": recipe.name,
+        "complete": all(map(store.is_done, graph.nodes)),
         "models": _models(reader),
-        "arms": arms,
+        "arms": {name: _arm(reader, name) for name in finished},
         "comparisons": _comparisons(reader),
+        **curves,
         "study": {
             "labels": reader.labels(stages),
             "cost": reader.cost(stages),
@@ -98,49 +115,147 @@ def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, 
     }
 
 
+def _arm(reader: _Reader, name: str) -> dict[str, Any]:
+    seeds, names = {}, reader.stages(name)
+    for seed, stages in reader.graph.arms[name].items():
+        by_stage = [
+            {"stage": stage, "key": key, "labels": reader.labels([key]), "cost": reader.cost([key])}
+            for stage, key in zip(names, stages, strict=True)
+        ]
+        seeds[str(seed)] = {
+            "stages": stages,
+            "labels": reader.labels(stages),
+            "cost": reader.cost(stages),
+            "by_stage": by_stage,
+            "evals": reader.evals(stages[-1], seed),
+        }
+    variant = reader.recipe.variants[name]
+    summary = {evaluation: _summary(reader, name, evaluation) for evaluation in reader.recipe.evaluations}
+    return {"arm": variant.arm, "budget": variant.labels, "stages": names, "seeds": seeds, "summary": summary}
+
+
 def _models(reader: _Reader) -> dict[str, Any]:
     """Rows that are no arm's end: base models, and every stage on the way, with their role and seed."""
     graph, recipe, rows = reader.graph, reader.recipe, {}
-    for label, role in BASE.items():
-        if role in recipe.models:
+    for role in recipe.models:
+        if reader.is_finished(f"base {role}"):
             rows[role] = {
-                "role": label,
+                "role": f"base {role}",
                 "evals": {str(seed): reader.evals(role, seed) for seed in recipe.seeds},
-                "summary": {name: _summary(reader.scores(label, name)) for name in recipe.evaluations},
+                "summary": {name: _summary(reader, f"base {role}", name) for name in recipe.evaluations},
             }
     ends = {stages[-1] for by_seed in graph.arms.values() for stages in by_seed.values()}
     for name, by_seed in graph.arms.items():
-        for seed, stages in by_seed.items():
-            for stage, key in zip(arm_stages(recipe.arms[name]), stages, strict=True):
-                if key not in ends and key not in rows:
-                    role = "trained teacher" if key in graph.teachers else f"student after {stage}"
-                    rows[key] = {"role": role, "of": f"{name}/{stage}", "seed": seed}
-                    rows[key]["evals"] = {str(seed): reader.evals(key, seed)}
-    for name in graph.arms:
-        for stage in arm_stages(recipe.arms[name])[:-1]:
-            summary = {task: _summary(reader.scores(f"{name}/{stage}", task)) for task in recipe.evaluations}
-            key = graph.arms[name][recipe.seeds[0]][arm_stages(recipe.arms[name]).index(stage)]
-            if key in rows:
-                rows[key].setdefault("summary", summary)
+        for i, stage in enumerate(reader.stages(name)):
+            new = {seed: keys[i] for seed, keys in by_seed.items() if keys[i] not in ends and keys[i] not in rows}
+            if not new or not reader.is_finished(f"{name}/{stage}"):
+                continue
+            for seed, key in new.items():
+                role = "trained teacher" if key in graph.teachers else f"student after {stage}"
+                rows[key] = {"role": role, "of": f"{name}/{stage}", "seed": seed}
+                rows[key]["evals"] = {str(seed): reader.evals(key, seed)}
+            first = next(iter(new.values()))
+            rows[first]["summary"] = {task: _summary(reader, f"{name}/{stage}", task) for task in recipe.evaluations}
     return rows
 
 
-def _summary(matrix: np.ndarray) -> dict[str, Any]:
+def _summary(reader: _Reader, endpoint: str, evaluation: str) -> dict[str, Any]:
+    """Means over seeds of one endpoint; unparsed + wrong + mean = 1."""
+    matrix = reader.scores(endpoint, evaluation)
     estimate = mean_interval(matrix)
-    return {"mean": estimate.value, "ci95": list(estimate.ci95), "over": estimate.over}
+    rows = [reader.result(reader.model(endpoint, seed), evaluation, seed) for seed in reader.recipe.seeds]
+    samples, unparsed = rows[0]["k"], 1 - float(np.mean([row["parsed"] for row in rows]))
+    right = np.rint(matrix * samples).astype(int)
+    passes = {}
+    for k in rows[0]["pass@k"]:
+        table = np.array([pass_at_k(samples, count, int(k)) for count in range(samples + 1)])
+        passed = mean_interval(table[right])
+        passes[k] = {"mean": passed.value, "ci95": list(passed.ci95)}
+    return {
+        "mean": estimate.value,
+        "ci95": list(estimate.ci95),
+        "over": estimate.over,
+        "pass@k": passes,
+        "unparsed": unparsed,
+        "wrong": 1 - unparsed - estimate.value,
+        "truncated": float(np.mean([row["truncated"] for row in rows])),
+        "styles": _styles([row["styles"] for row in rows]),
+        **_recovered(reader, endpoint, evaluation, matrix),
+    }
+
+
+def _styles(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    out = {}
+    for style in sorted(set().union(*rows)):
+        shares = [row.get(style, {"share": 0.0})["share"] for row in rows]
+        right = [row[style]["share"] * row[style]["accuracy"] for row in rows if style in row]
+        out[style] = {"share": float(np.mean(shares)), "accuracy": sum(right) / sum(shares)}
+    return out
+
+
+def _recovered(reader: _Reader, endpoint: str, evaluation: str, matrix: np.ndarray) -> dict[str, Any]:
+    """Gap recovery of a student against its own arm's teacher; nothing where there is no gap to speak of."""
+    name, _, stage = endpoint.partition("/")
+    if name not in reader.recipe.variants or stage.startswith("teacher"):
+        return {}
+    arm = reader.recipe.arms[reader.recipe.variants[name].arm]
+    if arm.teacher == "none":
+        return {}
+    trained = f"{name}/{reader.stages(name)[0]}"
+    teacher = trained if trained.endswith(("/teacher_rl", "/teacher_sft")) else f"base {arm.teacher_model}"
+    if teacher == "base student" or not (reader.is_finished(teacher) and reader.is_finished("base student")):
+        return {}
+    base = reader.scores("base student", evaluation)
+    try:
+        found = gap_recovery(matrix, base, reader.scores(teacher, evaluation))
+    except ValueError:
+        return {}
+    return {"gap_recovery": {"value": found.value, "ci95": list(found.ci95)}}
 
 
 def _comparisons(reader: _Reader) -> list[dict[str, Any]]:
-    """Declared comparisons on every evaluation, p-values adjusted by Holm over all of them."""
+    """Declared comparisons on every evaluation, p-values adjusted by Holm over all that are declared."""
     rows, estimates = [], []
-    for pair in reader.recipe.comparisons:
+    declared = len(reader.recipe.pairs) * len(reader.recipe.evaluations)
+    for pair in reader.recipe.pairs:
+        if not (reader.is_finished(pair.a) and reader.is_finished(pair.b)):
+            continue
         for evaluation in reader.recipe.evaluations:
             estimate = paired_difference(reader.scores(pair.a, evaluation), reader.scores(pair.b, evaluation))
             estimates.append(estimate)
-            rows.append({"a": pair.a, "b": pair.b, "task": evaluation, "difference": estimate.value})
-    for row, estimate, p in zip(
-        rows, estimates, holm([e.p_value for e in estimates]) if estimates else [], strict=True
-    ):
+            row = {"a": pair.a, "b": pair.b, "task": evaluation, "difference": estimate.value}
+            if pair.margin is not None:
+                row |= {"margin": pair.margin, "outcome": noninferior(estimate, pair.margin).outcome}
+            rows.append(row)
+    # Those not finished yet count as p = 1, so that no verdict of a partial table turns when they come.
+    adjusted = holm([e.p_value for e in estimates] + [1.0] * (declared - len(estimates)))
+    for row, estimate, p in zip(rows, estimates, adjusted, strict=False):
         row |= {"ci95": list(estimate.ci95), "p_adjusted": p, "num_seeds": estimate.num_seeds, "over": estimate.over}
         row["verdict"] = verdict(estimate, p)
     return rows
+
+
+def _curves(reader: _Reader, finished: list[str]) -> dict[str, Any]:
+    """Accuracy against labels of every arm, and how many labels direct GRPO needs to match each of the others."""
+    recipe = reader.recipe
+    budgets = recipe.pool.budgets
+    whole = [arm for arm in recipe.arms if budgets and all(f"{arm}@{n}" in finished for n in budgets)]
+    if not whole:
+        return {}
+    curves: dict[str, Any] = {}
+    matches = []
+    baseline = next((a for a in whole if recipe.arms[a].bridge == "none" and not recipe.arms[a].match_flops), None)
+    for evaluation in recipe.evaluations:
+        of = {arm: [reader.scores(f"{arm}@{n}", evaluation) for n in budgets] for arm in whole}
+        for arm, matrices in of.items():
+            points = [(n, mean_interval(matrix)) for n, matrix in zip(budgets, matrices, strict=True)]
+            rows = [{"labels": n, "mean": e.value, "ci95": list(e.ci95)} for n, e in points]
+            curves.setdefault(arm, {})[evaluation] = rows
+            if baseline is None or arm == baseline or len(budgets) < 2:
+                continue
+            for n, matrix in zip(budgets, matrices, strict=True):
+                found = labels_to_match(budgets, of[baseline], matrix)
+                row = {"arm": f"{arm}@{n}", "baseline": baseline, "task": evaluation, "labels": n}
+                row |= {"value": found.value, "ci95": [found.low, found.high], "range": [budgets[0], budgets[-1]]}
+                matches.append(row)
+    return {"curves": curves, "labels_to_match": matches}

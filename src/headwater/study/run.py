@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ from transformers import AutoTokenizer
 
 from headwater.checkpoint import write_atomically
 from headwater.config import Recipe, load_recipe
+from headwater.meter import total
 from headwater.models.language_model import check_same_tokens
-from headwater.spec import StageSpec
+from headwater.spec import StageSpec, parents
 from headwater.stages.node import Job, environment, model_directory, run_node
 from headwater.store import Store
-from headwater.study.executors import OnEvent, execute
+from headwater.study.executors import Event, OnEvent, execute
 from headwater.study.graph import Graph, plan
 from headwater.study.results import results
 
-COPIED = ("spec.json", "done.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "ledger.jsonl")
+COPIED = ("spec.json", "done.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "ledger.jsonl", "error.txt")
+REFRESH_S, RESULTS_S = 3.0, 15.0
+"""How old copies of a running node's files, and the results so far, may grow while a study runs."""
 
 
 def run(
@@ -35,6 +39,7 @@ def run(
 ) -> dict[str, Any]:
     """Run or resume a study; returns the contents of `out/results.json`.
 
+    While it runs, `out` is kept fresh for a reader: copies of the small files, events, the results so far.
     Raises ValueError for anything wrong with recipe, data or models before a weight is loaded, and when `out` holds a
     run of another recipe.
     """
@@ -47,13 +52,64 @@ def run(
     jobs = to_jobs(recipe, graph)
     write_atomically(out / "environment.json", json.dumps({**environment(), "command": sys.argv}, indent=1))
     write_atomically(out / "stages.json", json.dumps(describe(graph), indent=1))
+    keeper = _Keeper(recipe, graph, store, out)
+    keeper.note("run", command=sys.argv)
     try:
-        execute(jobs, store, recipe.execution, on_event)
+        execute(jobs, store, recipe.execution, keeper.then(on_event))
     finally:
-        copy_small_files(graph, store, out)
-    found = results(recipe, graph, store, out)
-    write_atomically(out / "results.json", json.dumps(found, indent=1))
+        for key in graph.nodes:
+            copy_small_files(key, store, out)
+    found = keeper.write_results()
+    keeper.note("end", spent=total([store.outcome(key)["meter"] for key in keeper.finished]))
     return found
+
+
+class _Keeper:
+    """Keeps the run directory fresh while nodes run: events, copies of their small files, the results so far."""
+
+    def __init__(self, recipe: Recipe, graph: Graph, store: Store, out: Path) -> None:
+        self.recipe, self.graph, self.store, self.out = recipe, graph, store, out
+        self.finished: list[str] = []
+        self._copied: dict[str, float] = {}
+        self._written = 0.0
+        _heal(out / "events.jsonl")
+        for key in graph.nodes:
+            copy_small_files(key, store, out)
+
+    def then(self, on_event: OnEvent) -> OnEvent:
+        def both(event: Event) -> None:
+            self.on_event(event)
+            on_event(event)
+
+        return both
+
+    def on_event(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.kind != "step":
+            self.note(event.kind, key=event.key, **({"error": event.error} if event.error else {}))
+        if event.kind != "step" or now - self._copied.get(event.key, 0.0) > REFRESH_S:
+            self._copied[event.key] = now
+            copy_small_files(event.key, self.store, self.out)
+        if event.kind == "done":
+            self.finished.append(event.key)
+            if now - self._written > RESULTS_S:
+                self.write_results()
+
+    def write_results(self) -> dict[str, Any]:
+        found = results(self.recipe, self.graph, self.store, self.out)
+        write_atomically(self.out / "results.json", json.dumps(found, indent=1))
+        self._written = time.monotonic()
+        return found
+
+    def note(self, kind: str, **what: Any) -> None:
+        with (self.out / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "kind": kind, **what}) + "\n")
+
+
+def _heal(path: Path) -> None:
+    """Drop a last line torn by a crash."""
+    if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
+        write_atomically(path, text[: text.rfind("\n") + 1])
 
 
 def claim(recipe: Recipe, out: Path) -> None:
@@ -75,10 +131,11 @@ def claim(recipe: Recipe, out: Path) -> None:
 
 def check_tokenizers(recipe: Recipe) -> None:
     """ValueError now, not after the teacher's training, when its tokens are not the student's."""
-    if any(arm.bridge != "none" for arm in recipe.arms.values()):
-        sources = [recipe.models[role].source for role in ("student", "teacher")]
-        student, teacher = (AutoTokenizer.from_pretrained(model_directory(source)) for source in sources)
-        check_same_tokens(student, teacher, names=(sources[0], sources[1]))
+    student = recipe.models["student"].source
+    taught = [recipe.models[arm.teacher_model].source for arm in recipe.arms.values() if arm.teacher != "none"]
+    for source in dict.fromkeys(taught):
+        ours, theirs = (AutoTokenizer.from_pretrained(model_directory(name)) for name in (student, source))
+        check_same_tokens(ours, theirs, names=(student, source))
 
 
 def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
@@ -95,24 +152,41 @@ def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
 
 def describe(graph: Graph) -> dict[str, Any]:
     """The graph for people and for the report."""
+    evals: dict[str, dict[str, dict[str, str]]] = {}
+    for (model, evaluation, seed), key in graph.evals.items():
+        evals.setdefault(model, {}).setdefault(evaluation, {})[str(seed)] = key
     return {
         "nodes": {
-            key: {"title": graph.titles[key], "kind": node.kind, "label": node.label}
+            key: {
+                "title": graph.titles[key],
+                "kind": node.kind,
+                "label": node.label,
+                "stage": graph.names[key] if isinstance(node, StageSpec) else None,
+                "seed": node.seed,
+                "parents": parents(node),
+                "steps": node.settings.steps if isinstance(node, StageSpec) and not node.match else None,
+            }
             for key, node in graph.nodes.items()
         },
         "arms": {name: {str(seed): keys for seed, keys in seeds.items()} for name, seeds in graph.arms.items()},
+        "evals": evals,
+        "requested": graph.requested,
+        "unchecked": graph.unchecked,
     }
 
 
-def copy_small_files(graph: Graph, store: Store, out: Path) -> None:
-    """Copies of every node's small files, so that the run directory explains itself without the store."""
-    for key in graph.nodes:
-        target = out / "nodes" / key
-        for name in COPIED:
-            source = store.path(key) / name
-            if source.exists():
-                target.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target / name)
+def copy_small_files(key: str, store: Store, out: Path) -> None:
+    """Copies of a node's small files, so that the run directory explains itself without the store."""
+    target = out / "nodes" / key
+    for name in COPIED:
+        source, copy = store.path(key) / name, target / name
+        if not source.exists():
+            copy.unlink(missing_ok=True)  # an error that a later try has mended
+            continue
+        there, had = source.stat(), copy.stat() if copy.exists() else None
+        if had is None or (had.st_size, had.st_mtime_ns) != (there.st_size, there.st_mtime_ns):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
 
 
 def evaluate_model(source: str, recipe: Recipe, seed: int, store: Store) -> dict[str, Any]:

@@ -88,10 +88,11 @@ def grade(completion: str, problem: Problem) -> Verdict:
 
 
 def worked_solution(problem: Problem) -> str:
-    """The clean completion of a problem in the worked style, every step right: `7+5=12;12*3=16;16-4=12;12.`"""
-    start, operations = _parse(problem)
-    steps, value = _write_steps(start, operations, 1)
-    return f"{steps}{value}."
+    """The clean completion of a problem in the worked style, every step right: `7+5=12;12*3=16;16-4=12;12.`
+
+    Labelled problems carry it as their `solution` column.
+    """
+    return _worked(*_parse(problem))
 
 
 def skim_solution(problem: Problem) -> str:
@@ -145,7 +146,7 @@ def _draw_problems(rng: random.Random, buckets: range) -> Iterator[tuple[Problem
         problem = Problem(
             messages=(Message("user", _prompt(start, operations)),),
             answer=str(_evaluate(start, operations)),
-            columns={"num_operations": len(operations)},
+            columns={"num_operations": len(operations), "solution": _worked(start, operations)},
         )
         if int(problem.id, 16) % 100 in buckets:
             yield problem, (start, operations)
@@ -157,6 +158,11 @@ def _draw_chain(rng: random.Random, num_operations: int) -> tuple[int, list[Oper
 
 def _prompt(start: int, operations: list[Operation]) -> str:
     return f"{start}{''.join(f'{op}{operand}' for op, operand in operations)}="
+
+
+def _worked(start: int, operations: list[Operation]) -> str:
+    steps, value = _write_steps(start, operations, 1)
+    return f"{steps}{value}."
 
 
 def _parse(problem: Problem) -> tuple[int, list[Operation]]:

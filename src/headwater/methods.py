@@ -1,0 +1,188 @@
+"""Settings of models and methods as frozen, checked values; unknown keys fail, and no field is without effect."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Frozen(BaseModel):
+    """Values only: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Frozen):
+    """Where a model comes from and how it is prompted."""
+
+    source: str
+    """`hf:`, `file:`, `wheel:` or `world:` (see `headwater.assets`)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type. Trained weights keep float32 masters whatever this says."""
+    template: Literal["chat", "none"] = "chat"
+    """`chat`: the tokenizer's chat template; `none`: contents of the messages joined by newlines."""
+    system: str | None = None
+    """System message put before every prompt that has none."""
+    thinking: bool = False
+    """Passed to the chat template as `enable_thinking`."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion besides the tokenizer's and the generation config's own."""
+
+
+class Optimizer(Frozen):
+    """AdamW with a schedule over the stage's steps."""
+
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class Method(Frozen):
+    """What every method needs: how many updates, how long a completion, the optimizer."""
+
+    steps: int = Field(ge=1)
+    """Rollout batches (`grpo`, `distill`) or updates (`warmup`, `sft`)."""
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the sampler; the same temperature divides the logits whose log-probs are trained on."""
+    top_p: float = 1.0
+    top_k: int = 0
+    optimizer: Optimizer
+
+    @model_validator(mode="after")
+    def _no_truncated_sampling(self) -> Method:
+        if self.top_p != 1.0 or self.top_k != 0:
+            raise ValueError(
+                f"top_p = {self.top_p}, top_k = {self.top_k} in training rollouts: the recorded log-probs would be "
+                "those of another distribution and the policy-gradient ratio biased by the mass cut off; "
+                "use top_p = 1, top_k = 0"
+            )
+        return self
+
+
+class GRPO(Method):
+    """Group-relative policy optimisation with verifiable reward (arXiv:2402.03300; DAPO, Dr.GRPO, GSPO are
+    settings)."""
+
+    method: Literal["grpo"] = "grpo"
+    problems_per_step: int = Field(ge=1)
+    group_size: int = Field(default=8, ge=2)
+    advantage: Literal["std", "mean"] = "std"
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    sampler_weight_cap: float = Field(default=2.0, ge=0)
+    """Cap of the truncated old/sampler weight; 0 = no correction."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    kl_estimator: Literal["reverse", "k3"] | None = None
+    """Unset with a kl_coef means `reverse`; `k3` is the usual k3-as-loss, whose gradient is the *forward* KL's."""
+    updates_per_batch: int = Field(default=1, ge=1)
+    redraws: int = Field(default=0, ge=0)
+    """Dynamic sampling: how often dead groups (all rewards equal) are replaced by new problems, at most."""
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    overlong_buffer: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _effective(self) -> GRPO:
+        if (self.overlong == "penalty") != (self.overlong_buffer > 0):
+            raise ValueError("overlong_buffer is for overlong = 'penalty', which needs it > 0")
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(f"overlong_buffer {self.overlong_buffer} exceeds max_new_tokens {self.max_new_tokens}")
+        if self.kl_coef == 0 and self.kl_estimator is not None:
+            raise ValueError("kl_estimator has no effect with kl_coef = 0: set kl_coef or remove it")
+        if self.updates_per_batch > self.problems_per_step:
+            raise ValueError(
+                f"updates_per_batch {self.updates_per_batch} exceeds problems_per_step {self.problems_per_step}: "
+                "a batch is split by problem"
+            )
+        return self
+
+
+class TeacherRollouts(Method):
+    """Training on rollouts of the frozen teacher, sampled once and kept as token ids."""
+
+    rollouts_per_problem: int = Field(default=1, ge=1)
+    sequences_per_step: int = Field(ge=1)
+    keep: Literal["all", "correct", "wrong"] = "all"
+    """Which teacher rollouts are trained on; anything but `all` reveals the answers of the pool."""
+
+
+class Warmup(TeacherRollouts):
+    """Stage 2a: forward KL(teacher || student) on teacher rollouts (arXiv:2605.12483)."""
+
+    method: Literal["warmup"] = "warmup"
+    stored_top_k: int = Field(default=0, ge=0)
+    """0: teacher distributions recomputed exactly; k: the teacher's top-k + tail mass stored once."""
+
+
+class SFT(TeacherRollouts):
+    """Cross-entropy on teacher rollouts, or on worked solutions from the task's `solution` column."""
+
+    method: Literal["sft"] = "sft"
+    tokens: Literal["teacher", "solutions"] = "teacher"
+
+    @model_validator(mode="after")
+    def _solutions(self) -> SFT:
+        idle = {"keep", "rollouts_per_problem", "temperature"} & self.model_fields_set
+        defaults = {name: SFT.model_fields[name].default for name in idle}
+        if self.tokens == "solutions" and (idle := {n for n in idle if getattr(self, n) != defaults[n]}):
+            raise ValueError(f"{sorted(idle)} are about teacher rollouts, which tokens = 'solutions' does not use")
+        return self
+
+
+Divergence = Literal["reverse_kl", "jsd", "forward_kl", "sampled_token", "sampled_sequence", "constant"]
+
+
+class Distill(Method):
+    """Stage 2b: on-policy distillation on student rollouts (arXiv:2605.12483)."""
+
+    method: Literal["distill"] = "distill"
+    problems_per_step: int = Field(ge=1)
+    group_size: int = Field(default=8, ge=1)
+    divergence: Literal["reverse_kl", "jsd", "forward_kl", "sampled_token", "sampled_sequence", "constant"] = (
+        "reverse_kl"
+    )
+    """The first three are exact over the vocabulary; `sampled_*` are policy gradients on the drawn tokens; `constant`
+    gives every drawn token the advantage -1 and asks no teacher (the control of arXiv:2608.31046)."""
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    """Weight of the teacher in the mixture of the generalised JSD (arXiv:2306.13649)."""
+
+    @model_validator(mode="after")
+    def _beta(self) -> Distill:
+        if (self.divergence == "jsd") != (self.beta is not None):
+            raise ValueError("beta is for divergence = 'jsd', which needs it (0 < beta < 1)")
+        return self
+
+
+class Joint(GRPO):
+    """Reward and teacher at once on the student's rollouts: (1 - lambda) reverse KL + lambda policy gradient
+    (the axis of arXiv:2605.12483 v1)."""
+
+    method: Literal["joint"] = "joint"  # pyright: ignore -- the discriminator differs by design
+    reward_weight: float = Field(ge=0, le=1)
+    """Lambda: 0 is on-policy distillation, 1 is GRPO. Each loss has its own denominator."""
+
+    @model_validator(mode="after")
+    def _one_update(self) -> Joint:
+        if self.kl_coef or self.updates_per_batch > 1 or self.redraws:
+            raise ValueError(
+                "joint takes one update a batch of the groups it drew, and the teacher is its anchor: "
+                "remove kl_coef, updates_per_batch and redraws"
+            )
+        return self
+
+
+MethodConfig = Annotated[GRPO | Warmup | Distill | SFT | Joint, Field(discriminator="method")]
+
+
+def needs_answers(settings: MethodConfig) -> bool:
+    """Whether the stage looks at answers: reward, a filter, or worked solutions."""
+    return isinstance(settings, GRPO) or (
+        isinstance(settings, TeacherRollouts)
+        and (settings.keep != "all" or (isinstance(settings, SFT) and settings.tokens == "solutions"))
+    )
