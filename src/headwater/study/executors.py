@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import selectors
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO
 
 from headwater import spec
 from headwater.config import Execution
+from headwater.run import lease
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
+
+POLL_S = 0.5
+"""How often a node that another study trains is looked at again."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something a watcher wants to know: a node `started`, made a `step`, is `done`, or `failed`."""
+    """Something a watcher wants to know: a node `started`, made a `step`, is `done`, or `failed`; `waiting` for another
+    study to finish it, which `error` names."""
 
     kind: str
     key: str
@@ -38,22 +50,59 @@ class NodeFailed(RuntimeError):
 
 
 def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: OnEvent) -> None:
-    """Run all nodes that are not done, parents first.
+    """Run all nodes that are not done, parents first; one that another study is at work on is waited for.
 
     When one fails, raises once the others at work have ended: ValueError for what the user can mend, else NodeFailed.
+    Raises BlockingIOError naming the process when these very nodes are being run already.
     """
     waiting = {key: job for key, job in jobs.items() if not store.is_done(key)}
     if not waiting:
         return
-    name, _, count = execution.executor.partition(":")
-    if name == "inline":
-        _inline(waiting, store, on_event)
-    else:
-        _local(waiting, store, on_event, min(int(count), len(waiting)))
+    with _only_once(jobs, store):
+        # Another process may have finished some in between.
+        waiting = {key: job for key, job in waiting.items() if not store.is_done(key)}
+        name, _, count = execution.executor.partition(":")
+        if name == "inline":
+            _inline(waiting, store, on_event)
+        else:
+            _local(waiting, store, on_event, int(count))
+
+
+def holder(directory: Path) -> str | None:
+    """Who holds a directory's lease ("process N on HOST"), or None. Takes it for an instant to find out."""
+    try:
+        with (directory / "lease").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
+@contextmanager
+def _only_once(jobs: Iterable[str], store: Store) -> Iterator[None]:
+    """Two commands at one study would take nodes from each other and write one run directory."""
+    directory = store.root / "studies" / hashlib.sha256("".join(sorted(jobs)).encode()).hexdigest()[:20]
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lease(directory))
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"this study is being run by {holder(directory) or 'another process'}: wait until it ends or stop it; "
+                "then the same command goes on"
+            ) from None
+        yield
 
 
 def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
-    for key, job in waiting.items():
+    told: set[str] = set()
+    while waiting:
+        if (key := next(_ready(waiting, store), None)) is None:
+            _wait(waiting, store, on_event, told)
+            continue
+        job = waiting.pop(key)
         on_event(Event("started", key))
 
         def on_log(step: int, steps: int, metrics: Mapping[str, float], key: str = key) -> None:
@@ -92,61 +141,106 @@ class _Worker:
         self.key: str | None = None
         self.buffer = b""
 
+    @property
+    def out(self) -> IO[bytes]:
+        assert self.process.stdout
+        return self.process.stdout
+
+    @property
+    def is_idle(self) -> bool:
+        return self.key is None and self.process.poll() is None
+
     def give(self, key: str, job: Job) -> None:
         assert self.process.stdin
         self.key = key
-        self.process.stdin.write(job.to_json().encode() + b"\n")
-        self.process.stdin.flush()
+        # One that died this instant is found out by `read`.
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(job.to_json().encode() + b"\n")
+            self.process.stdin.flush()
 
-    def read(self) -> list[Event]:
-        """Whole events that have arrived; a `failed` one when the process is gone."""
-        assert self.process.stdout and self.key
-        data = os.read(self.process.stdout.fileno(), 1 << 16)
-        if not data:
-            code = self.process.wait()
-            return [Event("failed", self.key, error=f"its process ended with code {code} (killed for memory?)")]
+    def read(self) -> list[Event] | None:
+        """Whole events that have arrived; None when the process is gone."""
+        if not (data := os.read(self.out.fileno(), 1 << 16)):
+            self.process.wait()
+            return None
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         return [Event(**json.loads(line)) for line in lines if line]
 
 
 def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int) -> None:
-    workers = [_Worker(store) for _ in range(count)]
+    workers: list[_Worker] = []
     failures: list[Event] = []
+    told: set[str] = set()
     try:
         with selectors.DefaultSelector() as selector:
-            for worker in workers:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # pyright: ignore -- a pipe by construction
             while True:
-                busy = [w for w in workers if w.key]
-                ready = [] if failures else _ready(waiting, store, {w.key for w in busy})
-                for worker, key in zip([w for w in workers if not w.key], ready, strict=False):
-                    worker.give(key, waiting.pop(key))
-                    on_event(Event("started", key))
-                if not any(w.key for w in workers):
+                if not failures:
+                    _assign(waiting, store, on_event, count, workers, selector)
+                if any(w.key for w in workers):
+                    for selected, _ in selector.select():
+                        failures += _listen(selected.data, on_event, workers, selector)
+                elif waiting and not failures:
+                    _wait(waiting, store, on_event, told)
+                else:
                     break
-                for selected, _ in selector.select():
-                    worker = selected.data
-                    for event in worker.read():
-                        on_event(event)
-                        if event.kind in ("done", "failed"):
-                            worker.key = None
-                        if event.kind == "failed":
-                            failures.append(event)
-                            if worker.process.poll() is not None:
-                                selector.unregister(worker.process.stdout)
-                                workers.remove(worker)
-                                break
     finally:
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
     if failures:
         raise _raised(failures[0])
-    if waiting:
+
+
+def _assign(
+    waiting: dict[str, Job],
+    store: Store,
+    on_event: OnEvent,
+    count: int,
+    workers: list[_Worker],
+    selector: selectors.BaseSelector,
+) -> None:
+    """Give what is ready to idle workers, and to new ones while there are fewer than `count`."""
+    free = count - sum(w.key is not None for w in workers)
+    for key in list(islice(_ready(waiting, store), free)) if free else []:
+        worker = next((w for w in workers if w.is_idle), None)
+        if worker is None:
+            worker = _Worker(store)
+            workers.append(worker)
+            selector.register(worker.out, selectors.EVENT_READ, worker)
+        worker.give(key, waiting.pop(key))
+        on_event(Event("started", key))
+
+
+def _listen(
+    worker: _Worker, on_event: OnEvent, workers: list[_Worker], selector: selectors.BaseSelector
+) -> list[Event]:
+    """Pass on what a worker says; the failures among it. One that is gone leaves, with its node when it had one."""
+    events = worker.read()
+    if events is None:
+        selector.unregister(worker.out)
+        workers.remove(worker)
+        text = f"its process ended with code {worker.process.returncode} (killed for memory?)"
+        events = [Event("failed", worker.key, error=text)] if worker.key else []
+    for event in events:
+        on_event(event)
+        if event.kind in ("done", "failed"):
+            worker.key = None
+    return [event for event in events if event.kind == "failed"]
+
+
+def _ready(waiting: dict[str, Job], store: Store) -> Iterator[str]:
+    """Nodes whose parents are done and which nobody else is at work on: stages first, since others wait for them."""
+    for key in sorted(waiting, key=lambda k: waiting[k].spec.kind != "stage"):
+        if all(map(store.is_done, spec.parents(waiting[key].spec))) and holder(store.path(key)) is None:
+            yield key
+
+
+def _wait(waiting: dict[str, Job], store: Store, on_event: OnEvent, told: set[str]) -> None:
+    """Nothing can begin until another study has finished a node; say once whose, and which."""
+    held = {key: who for key in waiting if (who := holder(store.path(key)))}
+    if not held and next(_ready(waiting, store), None) is None:
         raise NodeFailed(f"{len(waiting)} nodes never became ready; this is a bug")
-
-
-def _ready(waiting: dict[str, Job], store: Store, running: set[str | None]) -> list[str]:
-    """Nodes whose parents are done: stages before evaluations, since others wait for them."""
-    free = [k for k, job in waiting.items() if k not in running and all(map(store.is_done, spec.parents(job.spec)))]
-    return sorted(free, key=lambda k: waiting[k].spec.kind != "stage")
+    for key in held.keys() - told:
+        on_event(Event("waiting", key, error=held[key]))
+        told.add(key)
+    time.sleep(POLL_S)
