@@ -1,4 +1,4 @@
-"""The command line: run, resume, eval, export, report, watch, stage."""
+"""The command line: run, resume, tune, eval, export, report, watch, stage."""
 
 from __future__ import annotations
 
@@ -65,6 +65,26 @@ def resume(
             store,
             False,
         )
+
+
+@app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with [tuning].")],
+    set_: Sets = None,
+    out: Out = None,
+    store: StoreDir = None,
+    on: On = None,
+) -> None:
+    """Try the recipe's grid of learning rates, the same for every stage, on its tuning problems."""
+    with _explained():
+        loaded = load_recipe(recipe, [*(set_ or []), *([f'execution.executor="{on}"'] if on else [])])
+        from headwater.report.terminal import Progress, print_tuning
+        from headwater.study.tune import tune as tune_rates
+
+        where = out or Path("runs") / f"{loaded.name}-tuning"
+        with Progress(console, loaded) as progress:
+            found = tune_rates(loaded, where, _store(store), on_event=progress.on_event, on_plan=progress.on_plan)
+        print_tuning(console, found, where)
 
 
 @app.command(name="eval")

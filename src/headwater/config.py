@@ -321,8 +321,20 @@ class Recipe(Frozen):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a TOML recipe and apply dotted `key=value` overrides.
 
+    `extends = "other.toml"` (beside it) starts from another recipe, whose keys those of this one replace or add to.
+
     Raises ValueError naming the file, the key, what was given and what is allowed.
     """
+    raw = _read(path)
+    for text in overrides:
+        raw = override(raw, text)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{path}:\n{explain(error, Recipe)}") from None
+
+
+def _read(path: Path, inner: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -332,12 +344,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} cannot be read: {error.strerror}; name a recipe, a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    for text in overrides:
-        raw = override(raw, text)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise ValueError(f"{path}:\n{explain(error, Recipe)}") from None
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or (there := path.parent / base) in (*inner, path):
+        raise ValueError(f"{path}: extends = {base!r}; name one other recipe, by a path relative to this one")
+    return merge(_read(there, (*inner, path)), raw)
 
 
 def canonical(value: object) -> str:

@@ -157,3 +157,16 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
 def _interval(summary: dict[str, Any]) -> str:
     low, high = summary["ci95"]
     return f"{summary['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def print_tuning(console: Console, found: dict[str, Any], out: Path) -> None:
+    """The grid of learning rates, the best of each stage, and the lines to put into the recipe."""
+    table = Table("stage", *(f"{lr:g}" for lr in found["grid"]), title="avg@k on tuning problems [95 %]")
+    for stage, rows in found["stages"].items():
+        best = found["chosen"][stage]
+        table.add_row(stage, *(_interval(row) + (" *" if row["lr"] == best else "") for row in rows))
+    console.print(table)
+    for stage, lr in found["chosen"].items():
+        console.print(f"[stages.{stage}] optimizer = {{ lr = {lr:g} }}", markup=False)
+    labels = found["labels"]
+    console.print(f"{labels['distinct']} distinct labels, {labels['revealed']} reveals; all numbers in {out}")
