@@ -13,6 +13,8 @@ State = Literal["done", "running", "failed", "stopped", "to do"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "to do")
 
 Rows = list[dict[str, Any]]
+Number = int | float
+"""JSON writes 3.0 and 3 alike."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Node:
     steps: int | None
     state: State = "to do"
     error: str = ""
-    started: float | None = None
-    seconds: float | None = None
+    started: Number | None = None
+    seconds: Number | None = None
     """From `started` to `done`, when this directory saw both."""
 
 
@@ -189,9 +191,9 @@ def _from_spec(spec: Mapping[str, Any]) -> tuple[list[str], int | None]:
     return [ref["stage"] for ref in refs if ref.get("stage")], (spec.get("settings") or {}).get("steps")
 
 
-def _states(events: Sequence[Mapping[str, Any]]) -> dict[str, tuple[State, str, float | None, float | None]]:
+def _states(events: Sequence[Mapping[str, Any]]) -> dict[str, tuple[State, str, Number | None, Number | None]]:
     """Key -> (state, error, started, seconds), replaying the events in order."""
-    told: dict[str, tuple[State, str, float | None, float | None]] = {}
+    told: dict[str, tuple[State, str, Number | None, Number | None]] = {}
     for event in events:
         kind, key, time = event.get("kind"), str(event.get("key") or ""), event.get("time")
         if kind in ("run", "end"):  # nothing outlives its invocation

@@ -13,9 +13,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from headwater.report.directory import Group, Run, groups
+from headwater.report.directory import Group, Number, Run, groups
 
-Point = tuple[float, float, float | None, float | None]
+Point = tuple[Number, Number, Number | None, Number | None]
 """x, y, and the ends of y's interval or range."""
 
 SLOTS = 8
@@ -43,20 +43,20 @@ class Series:
 class Axis:
     """`ticks` are drawn and labelled; `log` spaces by ratio."""
 
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]
+    low: Number
+    high: Number
+    ticks: tuple[tuple[Number, str], ...]
     label: str
     log: bool = False
 
-    def at(self, value: float) -> float:
+    def at(self, value: Number) -> Number:
         """Place on the axis, 0..1."""
         if self.log:
             return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
 
-def linear_axis(values: Sequence[float], label: str, scale: float = 1, count: int = 4) -> Axis:
+def linear_axis(values: Sequence[Number], label: str, scale: Number = 1, count: int = 4) -> Axis:
     """An axis over finite values with about `count` round ticks, whose texts show value x scale."""
     low, high = min(values), max(values)
     if low == high:
@@ -69,7 +69,7 @@ def linear_axis(values: Sequence[float], label: str, scale: float = 1, count: in
     return Axis(shown[0], shown[-1], ticks, label)
 
 
-def log_axis(values: Sequence[float], label: str, text: Any = str, at: Sequence[float] | None = None) -> Axis:
+def log_axis(values: Sequence[Number], label: str, text: Any = str, at: Sequence[Number] | None = None) -> Axis:
     """A log axis over positive values; ticks `at` these values, or at 1, 2, 5 times powers of ten."""
     low, high = min(values), max(values)
     low, high = (low / 1.3, high * 1.3) if low == high or at is None else (low, high)
@@ -80,19 +80,19 @@ def log_axis(values: Sequence[float], label: str, text: Any = str, at: Sequence[
     return Axis(low, high, tuple((v, text(v)) for v in shown), label, log=True)
 
 
-def _nice(step: float) -> float:
+def _nice(step: Number) -> Number:
     power = 10.0 ** math.floor(math.log10(step))
     return next(d * power for d in (1, 2, 2.5, 5, 10) if d * power >= step * 0.999)
 
 
-def _tick(value: float, digits: int) -> str:
+def _tick(value: Number, digits: int) -> str:
     if abs(value) >= 10_000 or 0 < abs(value) < 0.001:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def chart(
-    series: Sequence[Series], x: Axis, y: Axis, alt: str, *, height: int = 260, rules: Sequence[tuple[float, str]] = ()
+    series: Sequence[Series], x: Axis, y: Axis, alt: str, *, height: int = 260, rules: Sequence[tuple[Number, str]] = ()
 ) -> Markup:
     """Lines with bands, or points with whiskers. `rules` are labelled horizontal lines. `alt` is the text alternative.
 
@@ -179,7 +179,7 @@ def _mark_of(slot: int) -> int:
     return (slot + slot // SLOTS) % len(_MARKS)
 
 
-def _px(value: float) -> str:
+def _px(value: Number) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
@@ -228,11 +228,11 @@ def forest(run: Run, rows: Sequence[tuple[str, ...]]) -> tuple[list[ForestRow], 
     return out, Markup(f'<svg class="plot" aria-hidden="true" width="100%" height="20">{ticks}</svg>')
 
 
-def _inside(axis: Axis, value: float | None) -> bool:
+def _inside(axis: Axis, value: Number | None) -> bool:
     return value is not None and axis.low <= value <= axis.high
 
 
-BOX, GAP_X, GAP_Y, LANE = (176, 66), 52, 22, 28
+BOX, GAP_X, GAP_Y = (176, 66), 52, 24
 
 
 def graph(run: Run) -> Markup:
@@ -248,10 +248,7 @@ def graph(run: Run) -> Markup:
         x1, y1 = _corner(place[box])
         for source in sources:
             x0, y0 = _corner(place[source])
-            start, end = (x0 + BOX[0], y0 + BOX[1] / 2), (x1, y1 + BOX[1] / 2)
-            bend = max((end[0] - start[0]) / 2, 20)
-            curve = f"C{start[0] + bend} {start[1]} {end[0] - bend} {end[1]} {end[0]} {end[1]}"
-            parts.append(f'<path class="edge" d="M{start[0]} {start[1]}{curve}"/>')
+            parts.append(f'<path class="edge" d="{_edge(x0, y0, x1, y1)}"/>')
     parts += [_box(box, *_corner(place[box])) for box in boxes]
     levels = max(level for level, _ in place.values()) + 1
     width, height = levels * (BOX[0] + GAP_X) - GAP_X + 4, rows * (BOX[1] + GAP_Y) - GAP_Y + 4
@@ -259,6 +256,16 @@ def graph(run: Run) -> Markup:
     frame = '<svg class="graph" role="img" aria-label="{}" width="{}" height="{}" viewBox="-2 -2 {} {}">{}</svg>'
     drawn = Markup("".join(parts))
     return Markup(frame).format(f"Graph of stages. {alt}", width, height, width, height, drawn)
+
+
+def _edge(x0: Number, y0: Number, x1: Number, y1: Number) -> str:
+    """A curve between two boxes; below the boxes in between when both stand in one row."""
+    if y0 == y1 and x1 - x0 > BOX[0] + GAP_X:
+        base = y0 + BOX[1]
+        return f"M{x0 + BOX[0] - 40} {base}C{x0 + BOX[0]} {base + 20} {x1} {base + 20} {x1 + 40} {base}"
+    start, end = (x0 + BOX[0], y0 + BOX[1] / 2), (x1, y1 + BOX[1] / 2)
+    bend = max((end[0] - start[0]) / 2, 20)
+    return f"M{start[0]} {start[1]}C{start[0] + bend} {start[1]} {end[0] - bend} {end[1]} {end[0]} {end[1]}"
 
 
 def _places(run: Run, boxes: Sequence[Group]) -> tuple[dict[Group, tuple[int, int]], int]:
@@ -295,8 +302,8 @@ def _box(box: Group, x: int, y: int) -> str:
         f'<rect class="stripe" x="{x}" y="{y + 8}" width="4" height="{BOX[1] - 16}"/>'
         f'<text class="stage" x="{x + 14}" y="{y + 20}">{escape(_cut(box.stage, 14))} '
         f'<tspan class="method">{escape(_cut(box.method, 10))}</tspan></text>'
-        f'<text class="of" x="{x + 14}" y="{y + 38}">{escape(_cut(box.name, 26))}</text>'
-        f'<text class="state" x="{x + 14}" y="{y + 56}">{escape(state)}</text></g>'
+        f'<text class="of" x="{x + 14}" y="{y + 38}">{escape(_cut(box.name, 22))}</text>'
+        f'<text class="state" x="{x + 14}" y="{y + 56}">{escape(_cut(state, 28))}</text></g>'
     )
 
 

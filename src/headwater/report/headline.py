@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.report.directory import Run
+from headwater.report.directory import Number, Run
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -69,12 +69,12 @@ def prediction(row: Mapping[str, Any]) -> str | None:
     return f"Predicted: {claim}. {row['outcome'].capitalize()}: {found}; {why}."
 
 
-def points(share: float) -> str:
+def points(share: Number) -> str:
     """A share in hundredths, with one decimal."""
     return f"{100 * share:.1f}".replace("-0.0", "0.0").replace("-", MINUS)
 
 
-def signed(share: float) -> str:
+def signed(share: Number) -> str:
     """Like `points`, with its sign."""
     return f"{100 * share:+.1f}".replace("-0.0", "+0.0").replace("-", MINUS)
 
@@ -83,7 +83,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def mean_over_seeds(arm: Mapping[str, Any], *path: str) -> float:
+def mean_over_seeds(arm: Mapping[str, Any], *path: str) -> Number:
     """Mean over an arm's seeds of a number in its rows, such as `("labels", "distinct")`; tokens add up over roles."""
     values = []
     for seed in arm["seeds"].values():

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from headwater.report import figures, headline, panels, rollouts, tables
-from headwater.report.directory import Run, groups, read
+from headwater.report.directory import Number, Run, groups, read
 from headwater.report.progress import progress
 
 HERE = Path(__file__).parent
@@ -34,10 +34,11 @@ def text(run_directory: Path, form: str) -> str:
     makers = {"html": html, "md": tables.as_markdown, "json": tables.as_json, "csv": tables.as_csv}
     if form not in makers:
         raise ValueError(f"format {form!r}: use one of {', '.join(makers)}")
-    return makers[form](read(run_directory))
+    found = makers[form](read(run_directory))
+    return found.encode("utf-8", "replace").decode()  # a model may say half a surrogate pair
 
 
-def html(run: Run, *, live: bool = False, now: float | None = None) -> str:
+def html(run: Run, *, live: bool = False, now: Number | None = None) -> str:
     """A run as a page; a section without data is left out. `now` (Unix seconds) dates it."""
     css, script = _inlined()
     environment = jinja2.Environment(
@@ -70,7 +71,7 @@ def _inlined() -> tuple[str, str]:
     return css, script
 
 
-def _content(run: Run, now: float) -> dict[str, Any]:
+def _content(run: Run, now: Number) -> dict[str, Any]:
     """What the template shows, section by section."""
     tasks = tables.tasks(run)
     forest_rows, forest_axis = figures.forest(run, tables.comparison_rows(run))
@@ -102,6 +103,7 @@ def _content(run: Run, now: float) -> dict[str, Any]:
         "trained": len(run.stages),
         "evaluations": len(run.nodes) - len(run.stages),
         "cases": [c for c in found if c],
+        "limits": (rollouts.SHOWN_SAMPLES, rollouts.SHOWN_CHARACTERS),
         "failures": rollouts.failures(run),
         "unfinished": rollouts.unfinished(run),
         "interruptions": rollouts.interruptions(run),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from headwater.report.directory import Group, Node, Run, groups
+from headwater.report.directory import Group, Node, Number, Run, groups
 from headwater.report.figures import Axis, Point, Series, chart, legend, linear_axis, log_axis
 from headwater.report.headline import plural, points
 from headwater.report.tables import ArmRow, Table, arm_rows, count, flops, interval
@@ -74,7 +74,7 @@ def efficiency(run: Run, task: str) -> Panel | None:
     )
 
 
-def _at(series: Series, x: float) -> tuple[float | None, tuple[float | None, float | None]]:
+def _at(series: Series, x: Number) -> tuple[Number | None, tuple[Number | None, Number | None]]:
     found = [p for p in series.points if p[0] == x]
     return (found[0][1], (found[0][2], found[0][3])) if found else (None, (None, None))
 
@@ -107,11 +107,11 @@ def _cost_point(row: ArmRow) -> Point:
     return (row.flops, row.mean, *row.ci95)
 
 
-def _bases(run: Run, task: str) -> list[tuple[float, str]]:
+def _bases(run: Run, task: str) -> list[tuple[Number, str]]:
     return [(r.mean, r.name) for r in arm_rows(run, task) if r.role == "base" and r.mean is not None]
 
 
-def _heights(series: Sequence[Series]) -> list[float]:
+def _heights(series: Sequence[Series]) -> list[Number]:
     return [v for s in series for p in s.points for v in p[1:] if v is not None]
 
 
@@ -130,9 +130,9 @@ def learning(run: Run) -> list[StageCurves]:
     return found
 
 
-def _logged(run: Run, node: Node) -> dict[str, dict[int, float]]:
+def _logged(run: Run, node: Node) -> dict[str, dict[int, Number]]:
     """Metric -> step -> value; a step that was repeated after a crash keeps its last row."""
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, Number]] = {}
     for name in ("metrics.jsonl", "evals.jsonl"):
         for row in run.rows(node.key, name):
             for metric, value in row.items():
@@ -143,7 +143,7 @@ def _logged(run: Run, node: Node) -> dict[str, dict[int, float]]:
 
 
 def _metric_panel(
-    stage: str, metric: str, members: Sequence[Group], logged: dict[str, dict[str, dict[int, float]]]
+    stage: str, metric: str, members: Sequence[Group], logged: dict[str, dict[str, dict[int, Number]]]
 ) -> Panel | None:
     series = []
     for slot, group in enumerate(members):
@@ -167,7 +167,7 @@ def _metric_panel(
     )
 
 
-def _over_seeds(seeds: Sequence[dict[int, float]]) -> tuple[Point, ...]:
+def _over_seeds(seeds: Sequence[dict[int, Number]]) -> tuple[Point, ...]:
     """Mean and range over the seeds that have a step: at most `KEPT_POINTS` steps, first and last among them."""
     steps = sorted(set().union(*seeds))
     out = []
@@ -177,20 +177,20 @@ def _over_seeds(seeds: Sequence[dict[int, float]]) -> tuple[Point, ...]:
     return tuple(out)
 
 
-def _thin(values: Sequence[float], most: int) -> list[float]:
+def _thin(values: Sequence[Number], most: int) -> list[Number]:
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def _step_axis(steps: Sequence[float]) -> Axis:
+def _step_axis(steps: Sequence[Number]) -> Axis:
     whole = linear_axis(steps, "step", count=4)
     low, high = (min(steps), max(steps)) if min(steps) < max(steps) else (whole.low, whole.high)
     ticks = tuple((v, t) for v, t in whole.ticks if low <= v <= high and float(v).is_integer())
     return Axis(low, high, ticks, "step")
 
 
-def _range(series: Series, step: float) -> str:
+def _range(series: Series, step: Number) -> str:
     found = [p for p in series.points if p[0] == step]
     if not found:
         return "\N{EN DASH}"

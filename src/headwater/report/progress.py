@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.report.directory import STATES, Node, Run
+from headwater.report.directory import STATES, Node, Number, Run
 
 LATEST = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy")
 SILENT_S = 300.0
@@ -21,7 +21,7 @@ class Running:
     step: int | None
     steps: int | None
     latest: str
-    left: float | None
+    left: Number | None
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Progress:
     counts: dict[str, int]
     total: int
     running: tuple[Running, ...]
-    left: float | None
+    left: Number | None
     at_once: int
-    news: float | None
+    news: Number | None
     silent: bool
 
 
-def progress(run: Run, now: float) -> Progress:
+def progress(run: Run, now: Number) -> Progress:
     """Progress at a time. The time left comes from finished nodes of the same kind, or a running node's own pace."""
     nodes = list(run.nodes.values())
     counts = {state: sum(node.state == state for node in nodes) for state in STATES}
@@ -65,7 +65,7 @@ def progress(run: Run, now: float) -> Progress:
     )
 
 
-def _usual(node: Node, nodes: Sequence[Node]) -> float | None:
+def _usual(node: Node, nodes: Sequence[Node]) -> Number | None:
     """Mean seconds of finished nodes of the same method and stage; evaluations of one kind whatever they follow."""
     like = [n.seconds for n in nodes if n.seconds is not None and n.state == "done" and _kind(n) == _kind(node)]
     return sum(like) / len(like) if like else None
@@ -75,7 +75,7 @@ def _kind(node: Node) -> tuple[str, str]:
     return (node.kind, node.title.split(" ")[0]) if node.kind == "evaluate" else (node.method, node.stage)
 
 
-def _left(node: Node, rows: Sequence[Mapping[str, Any]], nodes: Sequence[Node], now: float) -> float | None:
+def _left(node: Node, rows: Sequence[Mapping[str, Any]], nodes: Sequence[Node], now: Number) -> Number | None:
     done = rows[-1].get("step", -1) + 1 if rows else 0
     if node.steps and len(rows) > 1 and rows[-1].get("time", 0) > rows[0].get("time", 0):
         pace = (rows[-1]["time"] - rows[0]["time"]) / max(rows[-1]["step"] - rows[0]["step"], 1)
@@ -84,7 +84,7 @@ def _left(node: Node, rows: Sequence[Mapping[str, Any]], nodes: Sequence[Node], 
     return None if usual is None else max(usual - (now - node.started if node.started is not None else 0), 0.0)
 
 
-def _running(node: Node, rows: Sequence[Mapping[str, Any]], left: float | None) -> Running:
+def _running(node: Node, rows: Sequence[Mapping[str, Any]], left: Number | None) -> Running:
     last = rows[-1] if rows else {}
     latest = ", ".join(f"{name} {last[name]:.3g}" for name in LATEST if isinstance(last.get(name), int | float))
     step = last["step"] + 1 if "step" in last else None

@@ -11,6 +11,7 @@ from headwater.report.directory import Run
 from headwater.report.headline import plural
 from headwater.report.tables import Table, count, share, when
 
+GIVING_OUT = ("timeout", "memory", "error")
 SHOWN_PROBLEMS, SHOWN_SAMPLES, SHOWN_CHARACTERS = 12, 3, 1500
 
 
@@ -133,18 +134,22 @@ def interruptions(run: Run) -> list[str]:
 
 
 def grading(run: Run) -> Table | None:
-    """How often grading itself gave out: evaluations' samples by reason, and stages' means over steps."""
-    rows = []
+    """How often grading itself gave out, seeds together: samples of evaluations, and shares of stages' rollouts."""
+    counted: dict[str, list[Mapping[str, int]]] = {}
+    logged: dict[str, list[Mapping[str, float]]] = {}
     for key, node in run.nodes.items():
-        counts = _reasons(run, key)
-        bad = [counts.get(reason, 0) for reason in ("timeout", "memory", "error")]
+        title = node.title.partition(", seed ")[0]
+        counted.setdefault(title, []).append(_reasons(run, key))
+        logged.setdefault(title, []).extend(r for r in run.rows(key, "metrics.jsonl") if "grader/frac_timeout" in r)
+    rows = []
+    for title, found in counted.items():
+        bad = [sum(counts.get(reason, 0) for counts in found) for reason in GIVING_OUT]
         if any(bad):
-            rows.append((node.title, *map(count, bad), count(sum(counts.values()))))
-        logged = [row for row in run.rows(key, "metrics.jsonl") if "grader/frac_timeout" in row]
-        names = ("grader/frac_timeout", "grader/frac_memory", "grader/frac_error")
-        means = [sum(row.get(name, 0) for row in logged) / len(logged) for name in names] if logged else []
+            rows.append((title, *map(count, bad), f"{count(sum(sum(c.values()) for c in found))} samples"))
+    for title, found in logged.items():
+        means = [sum(row.get(f"grader/frac_{why}", 0) for row in found) / len(found) for why in GIVING_OUT if found]
         if any(means):
-            rows.append((node.title, *(f"{share(mean)} %" for mean in means), "share of rollouts"))
+            rows.append((title, *(f"{share(mean)} %" for mean in means), "rollouts, mean over steps"))
     head = ("node", "timeouts", "memory", "errors", "of")
     return Table("Gradings that gave out; they count as wrong", head, tuple(rows)) if rows else None
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from headwater.report.directory import Run
+from headwater.report.directory import Number, Run
 from headwater.report.headline import further, headlines, mean_over_seeds, points, prediction, signed
 
 Role = Literal["base", "teacher", "stage", "arm"]
-Bound = tuple[float | None, float | None]
+Bound = tuple[Number | None, Number | None]
 DASH = "\N{EN DASH}"
 
 
@@ -35,21 +35,21 @@ class ArmRow:
     name: str
     role: Role
     task: str
-    mean: float | None
+    mean: Number | None
     ci95: Bound
     over: str
     num_seeds: int
-    passes: dict[str, tuple[float, Bound]]
-    unparsed: float | None
-    wrong: float | None
-    truncated: float | None
-    styles: dict[str, tuple[float, float]]
-    gap: tuple[float, Bound] | None = None
-    distinct: float | None = None
-    revealed: float | None = None
-    tokens: float | None = None
-    flops: float | None = None
-    seconds: float | None = None
+    passes: dict[str, tuple[Number, Bound]]
+    unparsed: Number | None
+    wrong: Number | None
+    truncated: Number | None
+    styles: dict[str, tuple[Number, Number]]
+    gap: tuple[Number, Bound] | None = None
+    distinct: Number | None = None
+    revealed: Number | None = None
+    tokens: Number | None = None
+    flops: Number | None = None
+    seconds: Number | None = None
     stages: tuple[str, ...] = ()
     below: tuple[ArmRow, ...] = field(default=())
     """The arm's rows stage by stage."""
@@ -117,7 +117,7 @@ def _row(
 ) -> ArmRow:
     """What the summary does not say is taken from the seeds' evaluations as plain means without intervals."""
     summary = summary or {}
-    passes: dict[str, tuple[float, Bound]] = {
+    passes: dict[str, tuple[Number, Bound]] = {
         k: (v["mean"], tuple(v.get("ci95", (None, None)))) for k, v in summary.get("pass@k", {}).items()
     }
     for k in evals[0].get("pass@k", {}) if evals and not passes else ():
@@ -143,11 +143,11 @@ def _row(
     )
 
 
-def _styles(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+def _styles(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Number, Number]]:
     """Style -> (share of the samples, accuracy within it); over seeds, accuracy is weighted by the share."""
     if summary:
         return {name: (row["share"], row["accuracy"]) for name, row in summary.items()}
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, tuple[Number, Number]] = {}
     for name in dict.fromkeys(style for e in evals for style in e.get("styles") or {}):
         rows = [e["styles"][name] for e in evals if name in (e.get("styles") or {})]
         share = sum(row["share"] for row in rows)
@@ -168,11 +168,11 @@ def _first(seeds: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(iter(seeds.values()))
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[Number]) -> Number | None:
     return sum(values) / len(values) if values else None
 
 
-def _spent(bill: Mapping[str, Any], name: str) -> float:
+def _spent(bill: Mapping[str, Any], name: str) -> Number:
     value = bill["cost"][name]
     return sum(value.values()) if isinstance(value, Mapping) else value
 
@@ -259,7 +259,7 @@ def verdict_text(row: Mapping[str, Any]) -> str:
     return name + outcome
 
 
-def interval(mean: float | None, ci95: Bound, text: Any = points) -> str:
+def interval(mean: Number | None, ci95: Bound, text: Any = points) -> str:
     """`40.5 [37.6, 43.4]` in points; without brackets when there is no interval, a dash when there is nothing."""
     if mean is None:
         return DASH
@@ -267,15 +267,15 @@ def interval(mean: float | None, ci95: Bound, text: Any = points) -> str:
     return text(mean) if low is None or high is None else f"{text(mean)} [{text(low)}, {text(high)}]"
 
 
-def share(value: float | None) -> str:
+def share(value: Number | None) -> str:
     return DASH if value is None else points(value)
 
 
-def count(value: float | None) -> str:
+def count(value: Number | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 
 
-def flops(value: float | None) -> str:
+def flops(value: Number | None) -> str:
     """`0.88 T`, `3.2 P`: with an SI prefix, three digits at most."""
     if value is None:
         return DASH
@@ -285,7 +285,7 @@ def flops(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def duration(value: float | None) -> str:
+def duration(value: Number | None) -> str:
     """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
     if value is None:
         return DASH
@@ -298,11 +298,11 @@ def duration(value: float | None) -> str:
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def when(value: float | None) -> str:
+def when(value: Number | None) -> str:
     return DASH if value is None else datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def p_value(value: float) -> str:
+def p_value(value: Number) -> str:
     return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
 
 
