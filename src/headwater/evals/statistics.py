@@ -216,28 +216,24 @@ def _variance(
     mean = np.asarray(matrix.mean((-2, -1)))
     rows, columns = matrix.mean(-1), matrix.mean(-2)
     mean_square_problems = num_seeds * columns.var(-1, ddof=1)
-    if num_seeds == 1:
-        return mean, np.asarray(mean_square_problems / num_problems), np.full(mean.shape, num_problems - 1.0)
     df_seeds, df_problems = num_seeds - 1, num_problems - 1
-    df_residual = df_seeds * df_problems
-    mean_square_seeds = num_problems * rows.var(-1, ddof=1)
+    if num_seeds == 1:
+        return mean, np.asarray(mean_square_problems / num_problems), np.full(mean.shape, float(df_problems))
     residual = matrix - rows[..., None] - columns[..., None, :] + mean[..., None, None]
-    mean_square_residual = (residual**2).sum((-2, -1)) / df_residual
-    excess = np.maximum(mean_square_seeds - mean_square_residual, 0.0)
-    # The problem component is not truncated: with no seed excess this is the exact t interval on per-problem means.
-    variance = np.asarray((mean_square_problems + excess) / (num_seeds * num_problems))
-
-    # A seed mean square that is small by chance shrinks the interval and raises the degrees of freedom at once, which
-    # drops coverage to 92 % at three seeds. Evaluating the Satterthwaite ratio at an inflated one undoes that.
-    inflated = (1 + 2 / df_seeds) * mean_square_seeds
-    counts = (1 + 0.25 / df_seeds) * mean_square_seeds > mean_square_residual
-    numerator = mean_square_problems + np.where(counts, inflated - mean_square_residual, 0.0)
-    denominator = mean_square_problems**2 / df_problems + np.where(
-        counts, inflated**2 / df_seeds + mean_square_residual**2 / df_residual, 0.0
-    )
+    mean_square_residual = (residual**2).sum((-2, -1)) / (df_seeds * df_problems)
+    # Seeds that agree more closely than the residual lets them do so by luck: without a floor, means that happen to be
+    # equal would give an interval of no width.
+    floor = float(stats.chi2.ppf(0.05, df_seeds)) / df_seeds
+    seeds = np.maximum(num_problems * rows.var(-1, ddof=1), floor * mean_square_residual)
+    problems = np.maximum(mean_square_problems - mean_square_residual, 0.0)
+    variance = np.asarray((seeds + problems) / (num_seeds * num_problems))
+    # Satterthwaite at the observed seed mean square covers 92 % at three seeds: one that is small by chance narrows the
+    # interval and raises the degrees of freedom at once. 6 is derived in docs/statistics.md.
+    inflated = (1 + 6 / df_seeds) * seeds
+    denominator = inflated**2 / df_seeds + problems**2 / df_problems
     flat = denominator == 0
-    ratio = np.where(flat, df_problems, numerator**2 / np.where(flat, 1.0, denominator))
-    return mean, variance, np.asarray(np.maximum(ratio, min(df_seeds, df_problems)))
+    df = np.where(flat, df_problems, (inflated + problems) ** 2 / np.where(flat, 1.0, denominator))
+    return mean, variance, np.asarray(df)
 
 
 def _two_sided(value: float, error: float, df: float) -> float:
