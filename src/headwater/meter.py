@@ -35,7 +35,7 @@ class Meter:
     @property
     def flops(self) -> float:
         """FLOPs in all roles."""
-        return sum(row["flops"] for row in self._rows.values())
+        return float(sum(row["flops"] for row in self._rows.values()))
 
     @contextmanager
     def timed(self, role: Role) -> Iterator[None]:

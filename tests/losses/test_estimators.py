@@ -191,3 +191,16 @@ def test_token_horizon_is_the_kl_at_visited_prefixes_and_nothing_later():
     whole = kl(*(sequence_sums(x, ids) for x in (tree_logprobs(table)[0], teacher)))
     torch.testing.assert_close(loss, whole, rtol=0, atol=1e-13)
     assert (gradient - torch.autograd.grad(whole, table)[0]).abs().max() > 0.01
+
+
+def test_a_constant_advantage_has_no_expected_gradient(logits):
+    """On-policy, so the control without a teacher moves by noise alone; a drawn token alone is pushed down."""
+    z, *_ = logits
+    policy = z.log_softmax(0)
+    shared = {"sequence_ids": ONE_SEQUENCE, "num_sequences": 1}
+    advantages = -torch.ones(VOCAB, dtype=torch.float64)
+    expected = clipped_policy_gradient(policy, advantages, policy.detach().exp(), **shared)[0]
+    torch.testing.assert_close(grad(expected, z), torch.zeros_like(z), **EXACT)
+    drawn = torch.eye(VOCAB, dtype=torch.float64)[2]
+    one = clipped_policy_gradient(z.log_softmax(0), advantages, drawn, **shared)[0]
+    torch.testing.assert_close(grad(one, z), drawn - policy.detach().exp(), **EXACT)

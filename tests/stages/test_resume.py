@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater.config import GRPO, SFT, Distill, Execution, Warmup
+from headwater.config import GRPO, SFT, Distill, Execution, Joint, Warmup
 from headwater.run import StageRun
-from headwater.stages import distill, grpo, sft, warmup
+from headwater.stages import distill, grpo, joint, sft, warmup
 
 STEPS = 5
 METHOD = {"steps": STEPS, "max_new_tokens": 8, "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 2}}
@@ -27,6 +27,8 @@ CASES = {
     "distill": Distill.model_validate(STUDENT | {"divergence": "reverse_kl"}),
     "distill jsd": Distill.model_validate(STUDENT | {"divergence": "jsd", "beta": 0.3}),
     "distill sampled": Distill.model_validate(STUDENT | {"divergence": "sampled_token"}),
+    "distill constant": Distill.model_validate(STUDENT | {"divergence": "constant"}),
+    "joint": Joint.model_validate(STUDENT | {"reward_weight": 0.3, "aggregate": "sequence"}),
     "sft": SFT.model_validate(ROLLOUTS | {"keep": "wrong", "rollouts_per_problem": 3}),
     "sft solutions": SFT.model_validate(ROLLOUTS | {"tokens": "solutions"}),
 }
@@ -55,7 +57,7 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
         return {"norm": model.head.detach().norm().item()}
 
     model = make_model(0, compute=compute)
-    other = make_model(1, "48x2" if not isinstance(settings, GRPO) else "32x2", trained=False)
+    other = make_model(1, "32x2" if settings.method == "grpo" else "48x2", trained=False)
     run = StageRun(
         directory,
         execution=Execution(save_every=2, eval_every=2, micro_batch_tokens=200),
@@ -65,11 +67,14 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
     shared = {"problems": problems[:7], "seed": 3, "run": run}
     try:
         match settings:
+            case Joint():
+                joint.train(settings, student=model, teacher=other, grade=grade, **shared)
             case GRPO():
                 reference = other if settings.kl_coef else None
                 grpo.train(settings, policy=model, grade=grade, reference=reference, **shared)
             case Distill():
-                distill.train(settings, student=model, teacher=other, **shared)
+                teacher = None if settings.divergence == "constant" else other
+                distill.train(settings, student=model, teacher=teacher, **shared)
             case Warmup():
                 warmup.train(settings, student=model, teacher=other, grade=grade, **shared)
             case SFT():
@@ -114,7 +119,7 @@ def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, 
         assert (got["tokens"], got["flops"]) == (row["tokens"], row["flops"]), role
     assert straight[1].meter.state().keys() == resumed[1].meter.state().keys()
     assert straight[1].ledger.revealed == resumed[1].ledger.revealed
-    labels = {"grpo", "grpo with everything", "warmup correct", "sft", "sft solutions"}
+    labels = {"grpo", "grpo with everything", "warmup correct", "joint", "sft", "sft solutions"}
     assert (straight[1].ledger.revealed > 0) == (name in labels)
     if name == "grpo with everything":
         assert sum(row["reward/groups_redrawn"] for row in lines(tmp_path / "stopped" / "metrics.jsonl")) > 0

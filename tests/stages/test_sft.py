@@ -52,7 +52,7 @@ def test_solutions_end_in_the_end_token_unless_they_are_cut(make_model, problems
     (cut,) = solutions(model, [with_solution(problems[0], "1+2=3;3.")], 8)
     assert cut.completion_ids == [vocab[c] for c in "1+2=3;3."] and not cut.finished
     with pytest.raises(ValueError, match="text column 'solution': 2 problems have none"):
-        solutions(model, [*problems[:1], with_solution(problems[1], 3), with_solution(problems[2], "x")], 8)
+        solutions(model, [problems[0].unlabelled(), with_solution(problems[1], 3), with_solution(problems[2], "x")], 8)
 
 
 def test_what_cannot_work_is_refused(make_model, problems, parity_grade, tmp_path):

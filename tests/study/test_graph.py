@@ -169,7 +169,207 @@ def test_every_model_is_evaluated_for_every_seed(mini: Path):
     assert all(isinstance(graph.nodes[key], EvaluationSpec) for key in graph.evals.values())
 
 
-def test_budgets_are_nested_and_share_what_no_label_decides():
+def test_budgets_are_nested_and_differ_between_seeds(mini: Path):
+    draws = {}
+    for seed in (0, 1):
+        for labels in (8, 16, 32):
+            _, graph = planned(mini, f"pool.labels={labels}", f"seeds=[{seed}]")
+            draws[seed, labels] = ids(stages(graph, "direct", seed)[0].problems)
+            assert len(set(draws[seed, labels])) == labels
+        assert draws[seed, 8] == draws[seed, 16][:8] and draws[seed, 16] == draws[seed, 32][:16]
+    assert set(draws[0, 16]) != set(draws[1, 16])
+
+
+def test_pools_of_the_embedded_task_are_nested():
+    problems = load_task({"name": "chains"}).problems("train")
+    small, large = (draw_pool(problems, count, 5) for count in (64, 128))
+    assert large[:64] == small and len({p.id for p in large}) == 128
+    assert small != draw_pool(problems, 64, 6)
+    assert draw_pool(problems, 64, None) == list(problems[:64])
+
+
+@pytest.mark.parametrize("labels", [8, 9])
+def test_halves_are_disjoint_and_the_finish_gets_its_own(mini: Path, labels: int):
+    changes = [f"arms.{f}={{teacher='rl', bridge='full', finish='{f}'}}" for f in ("fresh", "replay", "full")]
+    _, graph = planned(mini, f"pool.labels={labels}", *changes)
+    pool = ids(stages(graph, "direct")[0].problems)
+    fresh, replay, full = ([ids(s.problems) for s in stages(graph, name)] for name in ("fresh", "replay", "full"))
+    assert fresh[0] == fresh[1] == fresh[2] == pool[: labels // 2]
+    assert fresh[3] == pool[labels // 2 :] and not set(fresh[3]) & set(fresh[0])
+    assert replay[3] == replay[0] == fresh[0]
+    assert full == [pool] * 4
+
+
+def test_halves_of_any_pool():
+    for count in range(2, 7):
+        pool = [Problem((Message("user", str(i)),)) for i in range(count)]
+        first, second = half(pool, "first"), half(pool, "second")
+        assert first + second == pool == half(pool, "all") and 0 <= len(second) - len(first) <= 1
+
+
+def test_dense_stages_see_no_answers(mini: Path):
+    _, graph = planned(mini)
+    for stage, sparse in zip(stages(graph, "finished"), (True, False, False, True), strict=True):
+        problems = select(stage.problems)
+        assert stage.problems.labelled == sparse == (stage.grader is not None) == (stage.grader_digest is not None)
+        assert all((p.answer is not None) == sparse for p in problems)
+        assert all(bool(p.columns) == sparse for p in problems)
+        assert (stage.teacher is None) == sparse
+
+
+def test_filters_are_labelled_and_worked_solutions_have_no_teacher(mini: Path):
+    sft = "stages.sft={method='sft', steps=2, sequences_per_step=4, max_new_tokens=6, optimizer={lr=0.01}}"
+    arms = "arms.sft={teacher='rl', bridge='sft'}"
+    plain = stages(planned(mini, sft, arms)[1], "sft")[1]
+    filtered = stages(planned(mini, sft, arms, "stages.sft.keep=correct")[1], "sft")[1]
+    solutions = stages(planned(mini, sft, arms, "stages.sft.tokens=solutions")[1], "sft")[1]
+    assert (plain.problems.labelled, plain.grader) == (False, None) and plain.teacher is not None
+    assert filtered.problems.labelled and filtered.grader is not None and filtered.teacher is not None
+    assert solutions.problems.labelled and solutions.teacher is None
+
+
+def test_unlabelled_prompts_are_those_of_another_split(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    root = Path(__file__).resolve().parents[2]
+    path.write_text((root / "recipes" / "quickstart.toml").read_text())
+    changes = ["pool.unlabelled=32", "arms.more={teacher='raw', bridge='full', prompts='unlabelled'}"]
+    graph = plan(load_recipe(path, [*changes, "seeds=[0]"]), offline=True)
+    warmup, distill = stages(graph, "more")
+    unlabelled = {p.id for p in load_task({"name": "chains"}).problems("unlabelled")}
+    assert ids(warmup.problems) == ids(distill.problems) and set(ids(warmup.problems)) <= unlabelled
+    assert len(ids(warmup.problems)) == 32 and not warmup.problems.labelled
+    assert not unlabelled & set(ids(stages(graph, "direct")[0].problems))
+
+
+def test_digests_of_pools_see_prompts_order_and_answers(mini: Path):
+    problems = load_task({"name": "chains"}).problems("train")[:4]
+    bare = [p.unlabelled() for p in problems]
+    digests = {
+        pool_digest(problems, labelled=True),
+        pool_digest(problems[::-1], labelled=True),
+        pool_digest(problems[:3], labelled=True),
+        pool_digest(bare, labelled=True),
+        pool_digest(bare, labelled=False),
+    }
+    assert len(digests) == 5 and pool_digest(bare, labelled=False) == pool_digest(problems, labelled=False)
+
+
+def test_data_that_changed_after_planning_are_refused(tmp_path: Path):
+    import miniature
+
+    path = miniature.write(tmp_path)
+    problems = stages(planned(path)[1], "direct")[0].problems
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"answer": "', '"answer": "1'))
+    with pytest.raises(ValueError, match="data of task 'jsonl' changed since the study was planned"):
+        select(problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("pool.max_reveals=3", r"arm 'direct' would reveal up to 4 answers a seed, over pool.max_reveals = 3: lower"),
+        ("pool.max_reveals=7", r"arm 'finished' would reveal up to 8 answers"),
+        ("pool.labels=41", "41 problems asked for, but the split has 40: lower the number or add data"),
+        ("pool.labels=1", r"arm 'direct': \[stages.student_rl\] takes 2 problems a step, .* has 1: lower"),
+        ("evaluations.rows.problems=9", "9 problems asked for, but the split has 8"),
+        ("evaluations.rows.split=exam", "no split 'exam'; choose one of"),
+        ("evaluations.rows.split=train", r"4 of 40 training prompts are also test prompts, for example"),
+        ("task.answer_column=solution", r"row 1 of .*rows.jsonl has no column \['solution'\]; it has \['answer'"),
+        ("task.source=nowhere.jsonl", "'nowhere.jsonl' does not exist"),
+        ("task.nme=x", r"jsonl has no \['nme'\]; it takes"),
+        ("task.name=jason", "no task is called 'jason'; use"),
+        ("task.grader=nowhere.py:grade", "grader 'nowhere.py:grade' is in a file that does not exist"),
+        ("models.student.source=world:pupil", "world:pupil is not shipped; available:"),
+        ("models.student.source=file:/nowhere", "'/nowhere' does not exist"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(mini: Path, change: str, part: str):
+    with pytest.raises(ValueError, match=part):
+        planned(mini, change)
+
+
+def test_a_half_that_is_too_small_is_refused(mini: Path):
+    arm = "arms.half={teacher='rl', bridge='full', split=true}"
+    planned(mini, arm, "pool.labels=4")
+    with pytest.raises(ValueError, match=r"arm 'half': \[stages.teacher_rl\] takes 2 problems a step, .* has 1"):
+        planned(mini, arm, "pool.labels=3")
+
+
+def test_most_reveals_by_hand(mini: Path):
+    def bound(arm: str, *changes: str) -> int | None:
+        return most_reveals(load_recipe(mini, changes), arm)
+
+    assert bound("direct") == 2 * 2 and bound("bridge") == 4 and bound("finished") == 8
+    assert bound("direct", "stages.student_rl.redraws=2") == 2 * 2 * 3
+    assert bound("bridge", "stages.warmup.keep=correct") == 4 + 8
+    assert bound("bridge", "arms.bridge.overrides.teacher_rl.steps=5") == 10
+    assert bound("direct", "arms.direct.match_flops=bridge") is None
+    with pytest.raises(ValueError, match="an unknown number of answers"):
+        plan(load_recipe(mini, ["arms.direct.match_flops=bridge", "pool.max_reveals=100"]))
+
+
+def test_planning_reads_no_weights(mini: Path):
+    code = "import sys; from pathlib import Path; from headwater.config import load_recipe\n"
+    code += "from headwater.study.graph import plan; plan(load_recipe(Path(sys.argv[1])))\n"
+    code += "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(mini)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+def test_offline_plans_tolerate_what_is_out_of_reach(mini: Path):
+    recipe = load_recipe(mini, ["models.teacher.source=file:/nowhere", "models.student.source=hf:owner/name"])
+    graph = plan(recipe, offline=True)
+    assert len(graph.stages) == 5
+    with pytest.raises(ValueError, match="'/nowhere' does not exist"):
+        plan(recipe)
+
+
+def test_a_matched_arm_waits_for_what_it_is_matched_to(mini: Path):
+    _, graph = planned(mini, "arms.more={preset='direct-matched'}", "seeds=[0, 1]")
+    for seed in (0, 1):
+        (matched,) = stages(graph, "more", seed)
+        assert list(matched.match) == graph.arms["bridge"][seed] == spec.parents(matched)
+        (direct,) = stages(graph, "direct", seed)
+        assert not direct.match and direct.settings.steps == 2 < matched.settings.steps
+    assert list(graph.arms)[-1] == "more"
+
+
+def test_the_same_size_teacher_is_the_direct_student(mini: Path):
+    """One training serves both: the control costs its dense stages alone."""
+    _, graph = planned(mini, "arms.small={preset='same-size'}")
+    teacher_rl, warmup, distill = graph.arms["small"][0]
+    assert [teacher_rl] == graph.arms["direct"][0] and teacher_rl in graph.teachers
+    small = stages(graph, "small")
+    assert small[1].teacher == small[1].start.model_copy(update={"stage": teacher_rl})
+    assert small[1].start.stage is None and small[2].start.stage == warmup != distill
+
+
+def test_an_sft_teacher_learns_from_solutions_and_pays_for_them(mini: Path):
+    sft = "method='sft', tokens='solutions', steps=2, sequences_per_step=2, max_new_tokens=6, optimizer={lr=1e-2}"
+    changes = ["arms.taught={preset='sft-teacher-replay'}", f"stages.teacher_sft={{{sft}}}"]
+    recipe, graph = planned(mini, *changes)
+    teacher_sft, warmup, distill, student_rl = stages(graph, "taught")
+    assert (teacher_sft.start.config, teacher_sft.teacher) == (recipe.models["teacher"], None)
+    assert teacher_sft.problems.labelled and teacher_sft.problems.part == "first"
+    assert not warmup.problems.labelled and warmup.teacher is not None and distill.teacher == warmup.teacher
+    assert warmup.teacher.stage == graph.arms["taught"][0][0] and student_rl.problems.part == "first"
+    assert most_reveals(recipe, "taught") == 2 * 2 + 2 * 2
+    with pytest.raises(ValueError, match="set tokens = 'solutions'"):
+        planned(mini, *changes, "stages.teacher_sft.tokens=teacher")
+
+
+def test_joint_rewards_and_teaches(mini: Path):
+    settings = "method='joint', reward_weight=0.5, steps=2, problems_per_step=2, group_size=2, max_new_tokens=6"
+    changes = ["arms.both={preset='joint'}", f"stages.joint={{{settings}, optimizer={{lr=1e-2}}}}"]
+    _, graph = planned(mini, *changes)
+    both = stages(graph, "both")[-1]
+    assert both.problems.labelled and both.grader and both.teacher == stages(graph, "both")[1].teacher
+    with pytest.raises(ValueError, match="joint need answers"):
+        planned(mini, *changes, "arms.both.prompts=unlabelled", "pool.unlabelled=4")
+
+
+def test_pools_over_budgets_are_nested_and_share_what_no_label_decides():
     quickstart = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.toml"
     changes = ["pool.budgets=[16, 128]", "pool.unlabelled=64", "arms.raw={preset='raw', prompts='unlabelled'}"]
     recipe = load_recipe(quickstart, [*changes, "seeds=[0]"])

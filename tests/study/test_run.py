@@ -1,6 +1,7 @@
 """A miniature study end to end: results, bills, resuming, executors."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from headwater.stages.node import Job, run_node
 from headwater.store import Store
 from headwater.study.executors import Event
 from headwater.study.graph import plan
+from headwater.study.results import results
 from headwater.study.run import run
+from headwater.study.tune import tune
 
 EVALUATION = {"avg@k", "k", "num_problems", "pass@k", "parsed", "truncated", "reasons", "styles", "per_problem"}
 
@@ -31,18 +34,27 @@ def check_evaluation(row: dict[str, Any], out: Path) -> None:
 def test_results_have_the_documented_shape(done: Done):
     found = json.loads((done.out / "results.json").read_text())
     assert found == done.results
-    assert set(found) == {"schema", "recipe", "models", "arms", "comparisons", "study"}
-    assert (found["schema"], found["recipe"]) == (1, "miniature")
+    assert set(found) == {"schema", "recipe", "complete", "models", "arms", "comparisons", "study"}
+    assert (found["schema"], found["recipe"], found["complete"]) == (1, "miniature", True)
     assert set(found["arms"]) == {"direct", "bridge", "finished"}
-    for arm in found["arms"].values():
-        assert set(arm) == {"seeds", "summary"} and set(arm["seeds"]) == {"0"}
+    for name, arm in found["arms"].items():
+        assert set(arm) == {"arm", "budget", "stages", "seeds", "summary"} and set(arm["seeds"]) == {"0"}
+        assert (arm["arm"], arm["budget"]) == (name, 8)
         row = arm["seeds"]["0"]
-        assert set(row) == {"stages", "labels", "cost", "evals"}
+        assert set(row) == {"stages", "labels", "cost", "by_stage", "evals"}
+        assert [(part["stage"], part["key"]) for part in row["by_stage"]] == list(
+            zip(arm["stages"], row["stages"], strict=True)
+        )
+        for cost in ("flops", "seconds"):
+            assert sum(part["cost"][cost] for part in row["by_stage"]) == pytest.approx(row["cost"][cost])
         assert set(row["labels"]) == {"distinct", "revealed"}
         assert set(row["cost"]) == {"tokens", "flops", "seconds"} and row["cost"]["seconds"] > 0
         check_evaluation(row["evals"]["rows"], done.out)
         summary = arm["summary"]["rows"]
-        assert set(summary) == {"mean", "ci95", "over"} and summary["over"] == "problems"
+        keys = {"mean", "ci95", "over", "pass@k", "unparsed", "wrong", "truncated", "styles"}
+        assert keys <= set(summary) <= keys | {"gap_recovery"} and summary["over"] == "problems"
+        assert summary["mean"] + summary["wrong"] + summary["unparsed"] == pytest.approx(1)
+        assert {k: p["mean"] for k, p in summary["pass@k"].items()} == pytest.approx(row["evals"]["rows"]["pass@k"])
         assert summary["mean"] == pytest.approx(row["evals"]["rows"]["avg@k"])
         assert summary["ci95"][0] <= summary["mean"] <= summary["ci95"][1]
     for row in found["comparisons"]:
@@ -211,3 +223,82 @@ def test_a_failed_node_costs_only_itself(mini: Path, tmp_path: Path):
     (store.path(warmup) / "rollouts.jsonl").unlink()
     assert set(run(recipe, tmp_path / "out", store)["arms"]) == {"direct", "bridge", "finished"}
     assert not (store.path(warmup) / "error.txt").exists()
+
+
+def test_the_run_directory_tells_what_happened(done: Done):
+    events = [json.loads(line) for line in (done.out / "events.jsonl").read_text().splitlines()]
+    kinds = [event["kind"] for event in events]
+    assert kinds[0] == "run" and kinds[-1] == "end" and kinds.count("started") == kinds.count("done") >= 12
+    graph = json.loads((done.out / "stages.json").read_text())
+    assert {event["key"] for event in events if event["kind"] == "done"} == set(graph["nodes"])
+    bridge, student = graph["arms"]["bridge"]["0"], graph["evals"]["student"]["rows"]["0"]
+    assert [graph["nodes"][key]["stage"] for key in bridge] == ["teacher_rl", "warmup", "distill"]
+    assert graph["nodes"][bridge[2]]["parents"] == [bridge[1], bridge[0]]
+    assert graph["nodes"][student]["kind"] == "evaluate" and graph["nodes"][student]["stage"] is None
+    assert graph["evals"][bridge[2]]["rows"]["0"] in graph["nodes"] and graph["requested"] == 8
+
+
+def test_results_so_far_leave_out_what_is_not_finished(done: Done, tmp_path: Path):
+    recipe = load_recipe(done.recipe)
+    graph = plan(recipe)
+    store = Store(tmp_path / "store")
+    bridge = graph.arms["bridge"][0]
+    for key in graph.nodes:
+        if key != graph.evals[bridge[-1], "rows", 0]:
+            shutil.copytree(done.store.path(key), store.path(key))
+    found = results(recipe, graph, store, tmp_path)
+    assert not found["complete"] and set(found["arms"]) == {"direct", "finished"}
+    assert [(row["a"], row["b"]) for row in found["comparisons"]] == [("bridge/teacher_rl", "base teacher")]
+    (whole,) = [row for row in done.results["comparisons"] if row["a"] == "bridge/teacher_rl"]
+    assert found["comparisons"][0]["p_adjusted"] >= whole["p_adjusted"], "verdicts may not turn when the rest comes"
+
+
+def test_curves_and_labels_to_match(done: Done, tmp_path: Path):
+    recipe = load_recipe(done.recipe, ["pool.budgets=[4, 8]", "comparisons=[{a='bridge', b='direct', margin=0.5}]"])
+    found = run(recipe, tmp_path, done.store)
+    assert set(found["arms"]) == {f"{arm}@{n}" for arm in ("direct", "bridge", "finished") for n in (4, 8)}
+    assert found["arms"]["bridge@8"]["seeds"] == done.results["arms"]["bridge"]["seeds"], "the full pool is shared"
+    for arm, curve in found["curves"].items():
+        assert [point["labels"] for point in curve["rows"]] == [4, 8]
+        for point in curve["rows"]:
+            summary = found["arms"][f"{arm}@{point['labels']}"]["summary"]["rows"]
+            assert (point["mean"], point["ci95"]) == (summary["mean"], summary["ci95"])
+    assert [(row["arm"], row["baseline"], row["labels"]) for row in found["labels_to_match"]] == [
+        (f"{arm}@{n}", "direct", n) for arm in ("bridge", "finished") for n in (4, 8)
+    ]
+    assert [(row["a"], row["b"], row["margin"]) for row in found["comparisons"]] == [
+        ("bridge@4", "direct@4", 0.5),
+        ("bridge@8", "direct@8", 0.5),
+    ]
+    assert all(row["outcome"] in ("confirmed", "refuted", "undecided") for row in found["comparisons"])
+
+
+def test_a_matched_arm_spends_what_it_is_matched_to(done: Done, tmp_path: Path):
+    recipe = load_recipe(done.recipe, ["arms.more={preset='direct-matched'}"])
+    found = run(recipe, tmp_path, done.store)
+    bridge, more = (found["arms"][name]["seeds"]["0"] for name in ("bridge", "more"))
+    steps = [json.loads(r) for r in (tmp_path / "nodes" / more["stages"][0] / "metrics.jsonl").read_text().splitlines()]
+    last_step = more["cost"]["flops"] / len(steps)
+    assert bridge["cost"]["flops"] <= more["cost"]["flops"] < bridge["cost"]["flops"] + 2 * last_step
+    assert len(steps) > 2
+
+
+def test_tuning_tries_one_grid_on_every_stage_and_bills_it(mini: Path, tmp_path: Path):
+    grid = "tuning={lr=[1e-3, 1e-2], seeds=[7], problems=2, samples=2}"
+    recipe = load_recipe(mini, [grid, "pool.labels=4"])
+    store = Store(tmp_path / "store")
+    found = tune(recipe, tmp_path / "out", store)
+    assert found == json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert list(found["stages"]) == ["teacher_rl", "warmup", "distill", "student_rl"] == list(found["chosen"])
+    for stage, rows in found["stages"].items():
+        assert [row["lr"] for row in rows] == [1e-3, 1e-2]
+        assert found["chosen"][stage] == max(rows, key=lambda row: row["mean"])["lr"]
+        trial = load_recipe(tmp_path / "out" / stage / "recipe.toml")
+        assert trial.seeds == (7,) and trial.evaluations["tuning"].split == "tuning"
+        assert {trial.settings(arm, stage).optimizer.lr for arm in trial.arms} == {1e-3, 1e-2}
+    distill = load_recipe(tmp_path / "out" / "distill" / "recipe.toml")
+    assert distill.stages["teacher_rl"].optimizer.lr == found["chosen"]["teacher_rl"]
+    # Every stage reveals answers of the same four problems; the two tuning problems are labels too.
+    assert found["labels"] == {"distinct": 4 + 2, "revealed": 4 * 4 + 2}
+    with pytest.raises(ValueError, match=r"no \[tuning\]"):
+        tune(load_recipe(mini), tmp_path / "none", store)
