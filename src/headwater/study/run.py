@@ -59,7 +59,7 @@ def run(
     finally:
         for key in graph.nodes:
             copy_small_files(key, store, out)
-    found = keeper.write_results()
+        found = keeper.write_results()
     keeper.note("end", spent=total([store.outcome(key)["meter"] for key in keeper.finished]))
     return found
 
