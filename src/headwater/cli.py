@@ -153,6 +153,23 @@ def watch(
         serve(directory, port, browser=browser)
 
 
+@app.command()
+def gc(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run directories to keep whole, besides all under ./runs.", metavar="RUN"),
+    ] = None,
+    store: StoreDir = None,
+    unused: Annotated[bool, typer.Option("--unused", help="Also remove nodes that none of these runs needs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it only say what would go.")] = False,
+) -> None:
+    """Say what the store holds that can go: leftovers of killed work, checkpoints of finished stages, unused nodes."""
+    with _explained():
+        from headwater.report.gc import sweep
+
+        sweep(console, runs or [], _store(store), unused=unused, yes=yes)
+
+
 @app.command(hidden=True)
 def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], store: StoreDir = None) -> None:
     """Run one node from its specification: what executors call on other machines."""
@@ -166,6 +183,7 @@ def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], sto
 
 def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool) -> None:
     # Here and not above: --help and a misspelt recipe should not wait for torch.
+    from headwater.report import page
     from headwater.report.terminal import Progress, dry_run, print_results
     from headwater.study.graph import plan
     from headwater.study.run import run as run_study
@@ -174,9 +192,13 @@ def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool) -> Non
     if dry:
         dry_run(console, recipe, plan(recipe, offline=True), kept)
         return
-    with Progress(console, recipe) as progress:
-        found = run_study(recipe, where, kept, on_event=progress.on_event, on_plan=progress.on_plan)
-    print_results(console, recipe, found, where)
+    try:
+        with Progress(console, recipe) as progress:
+            found = run_study(recipe, where, kept, on_event=progress.on_event, on_plan=progress.on_plan)
+        print_results(console, recipe, found, where)
+    finally:
+        if (where / "results.json").exists():  # a run that failed has a report too
+            console.print(f"report: {page.write(where)}", markup=False, soft_wrap=True)
 
 
 def _store(path: Path | None):
