@@ -44,11 +44,12 @@ def run(
     store: StoreDir = None,
     on: On = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the graph, train nothing.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse stages that were executed otherwise.")] = False,
 ) -> None:
     """Run a study; the same command goes on where it was stopped."""
     with _explained():
         overrides = [*(set_ or []), *([f'execution.executor="{on}"'] if on else [])]
-        _run(load_recipe(recipe, overrides), out, store, dry)
+        _run(load_recipe(recipe, overrides), out, store, dry, strict)
 
 
 @app.command()
@@ -63,7 +64,8 @@ def resume(
             load_recipe(directory / "recipe.toml", [f'execution.executor="{on}"'] if on else []),
             directory,
             store,
-            False,
+            dry=False,
+            strict=False,
         )
 
 
@@ -170,6 +172,26 @@ def gc(
         sweep(console, runs or [], _store(store), unused=unused, yes=yes)
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A run directory.", metavar="A")],
+    b: Annotated[Path, typer.Argument(help="Another one.", metavar="B")],
+    format_: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+) -> None:
+    """Say how two runs differ: configuration, code, data, and the numbers on what both were measured on."""
+    with _explained():
+        from headwater.report.compare import print_comparison
+        from headwater.study.compare import compare as compare_runs
+
+        if format_ not in ("text", "json"):
+            raise ValueError(f"--format {format_}: use text or json")
+        found = compare_runs(a, b)
+        if format_ == "json":
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            print_comparison(console, found)
+
+
 @app.command(hidden=True)
 def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], store: StoreDir = None) -> None:
     """Run one node from its specification: what executors call on other machines."""
@@ -181,7 +203,7 @@ def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], sto
         run_node(Job.from_json(spec.read_text(encoding="utf-8")), kept)
 
 
-def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool) -> None:
+def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict: bool) -> None:
     # Here and not above: --help and a misspelt recipe should not wait for torch.
     from headwater.report import page
     from headwater.report.terminal import Progress, dry_run, print_results
@@ -194,7 +216,7 @@ def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool) -> Non
         return
     try:
         with Progress(console, recipe) as progress:
-            found = run_study(recipe, where, kept, on_event=progress.on_event, on_plan=progress.on_plan)
+            found = run_study(recipe, where, kept, on_event=progress.on_event, on_plan=progress.on_plan, strict=strict)
         print_results(console, recipe, found, where)
     finally:
         if (where / "results.json").exists():  # a run that failed has a report too

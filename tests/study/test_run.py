@@ -17,7 +17,7 @@ from headwater.store import Store
 from headwater.study.executors import Event
 from headwater.study.graph import plan
 from headwater.study.results import results
-from headwater.study.run import run
+from headwater.study.run import executed_otherwise, run, to_jobs
 from headwater.study.tune import tune
 
 EVALUATION = {"avg@k", "k", "num_problems", "pass@k", "parsed", "truncated", "reasons", "styles", "per_problem"}
@@ -150,6 +150,18 @@ def test_another_executor_reuses_the_store(done: Done, tmp_path: Path):
     found = run(changed, tmp_path, done.store, on_event=events.append)
     assert events == []
     assert found == done.results
+
+
+def test_reuse_of_stages_executed_otherwise_is_seen_and_can_be_refused(done: Done, tmp_path: Path):
+    changed = load_recipe(done.recipe, ["execution.micro_batch_tokens=64", "execution.log_every=2"])
+    graph = plan(changed)
+    differing = executed_otherwise(to_jobs(changed, graph), done.store)
+    assert set(differing) == set(graph.stages) and {tuple(names) for names in differing.values()} == {
+        ("micro_batch_tokens",)
+    }
+    with pytest.raises(ValueError, match=r"5 finished stages were executed otherwise, .*micro_batch_tokens differ"):
+        run(changed, tmp_path / "out", done.store, strict=True)
+    run(load_recipe(done.recipe), tmp_path / "same", done.store, strict=True)
 
 
 def test_a_new_arm_trains_only_what_is_new(done: Done, tmp_path: Path):

@@ -16,6 +16,7 @@ from headwater.spec import StageSpec
 from headwater.store import Store
 from headwater.study.executors import Event
 from headwater.study.graph import Graph, most_reveals
+from headwater.study.run import executed_otherwise, to_jobs
 
 SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "tokens/s")
 PLAIN_EVERY_S = 10.0
@@ -58,6 +59,12 @@ class Progress:
             f"{self.recipe.name}: {len(graph.nodes)} nodes, {kept} done before, {self.total} to do "
             f"({len(graph.stages)} distinct stages for {graph.requested} asked for by the arms)"
         )
+        if other := executed_otherwise(to_jobs(self.recipe, graph), store):
+            differing = sorted(set().union(*other.values()))
+            self.console.print(
+                f"{len(other)} finished stages are reused that were executed otherwise ({', '.join(differing)}): "
+                "equal up to rounding, not bit for bit; --strict refuses them"
+            )
 
     def on_event(self, event: Event) -> None:
         title = self.titles.get(event.key, event.key)
@@ -144,7 +151,8 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
         low, high = row["ci95"]
         console.print(
             f"{row['a']} - {row['b']} on {row['task']}: {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}], "
-            f"p {row['p_adjusted']:.2g} (Holm), over {row['over']}: {row['verdict']}",
+            f"p {row['p_adjusted']:.2g} (Holm), over {row['over']}: {row['verdict']}"
+            + (f"; {row['a']} <= {row['b']} + {row['margin']}: {row['outcome']}" if "outcome" in row else ""),
             markup=False,
         )
     study = found["study"]

@@ -25,6 +25,8 @@ from headwater.study.graph import Graph, plan
 from headwater.study.results import results
 
 COPIED = ("spec.json", "done.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "ledger.jsonl", "error.txt")
+ROUNDING = ("device", "threads", "micro_batch_tokens", "sampler_tokens", "chunk_tokens", "gradient_checkpointing")
+"""Keys of `[execution]` on which the order of sums depends."""
 REFRESH_S, RESULTS_S = 3.0, 15.0
 """How old copies of a running node's files, and the results so far, may grow while a study runs."""
 
@@ -36,20 +38,28 @@ def run(
     *,
     on_event: OnEvent = lambda event: None,
     on_plan: Callable[[Graph, Store], None] = lambda graph, store: None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a study; returns the contents of `out/results.json`.
 
     While it runs, `out` is kept fresh for a reader: copies of the small files, events, the results so far.
-    Raises ValueError for anything wrong with recipe, data or models before a weight is loaded, and when `out` holds a
-    run of another recipe.
+    Raises ValueError for anything wrong with recipe, data or models before a weight is loaded, when `out` holds a run
+    of another recipe, and when `strict` refuses finished stages that were executed otherwise.
     """
     store.check_writable()
     graph = plan(recipe)
     claim(recipe, out)
     if not all(map(store.is_done, graph.stages)):
         check_tokenizers(recipe)
-    on_plan(graph, store)
     jobs = to_jobs(recipe, graph)
+    if strict and (differing := executed_otherwise(jobs, store)):
+        key, names = next(iter(differing.items()))
+        raise ValueError(
+            f"{len(differing)} finished stages were executed otherwise, for example {graph.titles[key]} "
+            f"({', '.join(names)} differ), and equal bits are promised within one execution only: use another --store "
+            "or leave out --strict"
+        )
+    on_plan(graph, store)
     write_atomically(out / "environment.json", json.dumps({**environment(), "command": sys.argv}, indent=1))
     write_atomically(out / "stages.json", json.dumps(describe(graph), indent=1))
     keeper = _Keeper(recipe, graph, store, out)
@@ -148,6 +158,17 @@ def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
         key: Job(node, execution, graph.monitors[node.seed] if monitored and isinstance(node, StageSpec) else None)
         for key, node in graph.nodes.items()
     }
+
+
+def executed_otherwise(jobs: dict[str, Job], store: Store) -> dict[str, list[str]]:
+    """Finished stages with the `[execution]` keys that can change last bits and were others when they were trained."""
+    out = {}
+    for key, job in jobs.items():
+        if job.spec.kind == "stage" and store.is_done(key):
+            then, now = store.outcome(key)["execution"], job.execution.model_dump(mode="json")
+            if names := [name for name in ROUNDING if then.get(name) != now[name]]:
+                out[key] = names
+    return out
 
 
 def describe(graph: Graph) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def tune(
 ) -> dict[str, Any]:
     """Try `tuning.lr` for every stage of the recipe, teachers first, each with the best rates of those before it.
 
-    Returns and writes to `out/tuning.json` `{"grid", "stages": {STAGE: [{"lr", "mean", "ci95"}]}, "chosen": {STAGE: lr},
-    "labels": {"distinct", "revealed"}}`. The score is avg@k of the stage's own model on the tuning problems; their
+    Returns and writes to `out/tuning.json` `{"grid", "stages": {STAGE: [{"lr", "mean", "ci95"}]}, "chosen": {STAGE:
+    lr}, "labels": {"distinct", "revealed"}}`. The score is avg@k of the stage's own model on the tuning problems; their
     answers are labels too. Each trial is a run directory `out/STAGE`, so stopping loses nothing.
     Raises ValueError for a recipe without `[tuning]`.
     """
