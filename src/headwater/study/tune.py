@@ -39,7 +39,8 @@ def tune(
     chosen: dict[str, float] = {}
     table: dict[str, list[dict[str, Any]]] = {}
     stages: set[str] = set()
-    for stage in [name for name in METHODS if name in recipe.stages]:
+    order: list[StageName] = [name for name in METHODS if name in recipe.stages]
+    for stage in order:
         trial = trial_recipe(recipe, stage, chosen)
         found = run(trial, out / stage, store, on_event=on_event, on_plan=on_plan)
         rows = [{"lr": float(name), **_score(found, name, stage)} for name in trial.arms]
