@@ -33,15 +33,15 @@
 
   function swap(old, fresh) {
     const opened = all("details[open]", old).map((d) => d.id);
-    const focused = document.activeElement && old.contains(document.activeElement) ? document.activeElement.id : "";
+    const stops = "a, button, select, summary, [tabindex]";
+    const focused = all(stops, old).indexOf(document.activeElement);
     const aside = all(".scroll", old).map((box) => box.scrollLeft);
     const next = document.importNode(fresh, true);
     for (const id of opened) { const d = next.querySelector("#" + CSS.escape(id)); if (d) d.open = true; }
     old.replaceWith(next);
     dress(next);
     all(".scroll", next).forEach((box, i) => { box.scrollLeft = aside[i] || 0; });
-    if (focused) { const again = document.getElementById(focused); if (again) again.focus({ preventScroll: true }); }
-    next.classList.add("fresh");
+    if (focused >= 0) all(stops, next)[focused]?.focus({ preventScroll: true });
   }
 
   function update(text) {
