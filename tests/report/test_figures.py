@@ -23,6 +23,10 @@ def test_log_axis_spaces_by_ratio():
     axis = figures.log_axis([16, 64, 256], "labels", tables.count, at=[16, 64, 256])
     assert [axis.at(v) for v in (16, 64, 256)] == pytest.approx([0, 0.5, 1])
     assert [text for _, text in axis.ticks] == ["16", "64", "256"]
+    for low, high in ((3e11, 9e11), (1e9, 1e15), (6.1e11, 7.3e11)):
+        ticks = [v for v, _ in figures.log_axis([low, high], "FLOPs", tables.flops).ticks]
+        assert 3 <= len(ticks) <= 6 and ticks == sorted(ticks)
+    assert figures.linear_axis([0.0, 1.0], "").at(1.3) == 1  # drawn at the end, not beyond it
     alone = figures.log_axis([3e12], "FLOPs", tables.flops)
     assert alone.low < 3e12 < alone.high
 

@@ -103,6 +103,15 @@ def test_the_first_pair_is_the_headline_on_every_task():
     assert headlines(a_run([])) == further(a_run([])) == []
 
 
+def test_over_budgets_the_largest_one_is_the_headline():
+    rows = [compared(f"bridge@{n}", f"direct@{n}", n / 1000, 0.005) for n in (16, 128, 64)]
+    run = a_run([*rows, compared("bridge@128", "base student", 0.1, 0.01)])
+    assert [s.lead for s in headlines(run)] == ["bridge@128 beats direct@128 by 12.8 points"]
+    assert [s.lead.split(" by ")[0] for s in further(run)] == [
+        "bridge@16 beats direct@16", "bridge@64 beats direct@64", "bridge@128 beats base student",
+    ]  # fmt: skip
+
+
 def test_numbers_read_well():
     assert (points(0.08149), points(-0.021), points(-0.0001)) == ("8.1", "−2.1", "0.0")
     assert (signed(0.038), signed(-0.021), signed(-0.0001), signed(0)) == ("+3.8", "−2.1", "+0.0", "+0.0")

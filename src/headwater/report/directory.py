@@ -33,7 +33,7 @@ class Node:
     error: str = ""
     started: Number | None = None
     seconds: Number | None = None
-    """From `started` to `done`, when this directory saw both."""
+    """From `started` to `done` when this directory saw both, else what the node's meter holds."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def _nodes(root: Path, described: Mapping[str, Mapping[str, Any]], events: Rows)
         state, error, started, seconds = told.get(key, ("to do", "", None, None))
         if (root / "nodes" / key / "done.json").exists():
             state = "done"
+            seconds = _metered(root / "nodes" / key / "done.json") if seconds is None else seconds
         elif state == "to do" and (root / "nodes" / key / "metrics.jsonl").exists():
             state = "stopped"
         nodes[key] = Node(
@@ -184,6 +185,12 @@ def _nodes(root: Path, described: Mapping[str, Mapping[str, Any]], events: Rows)
             seconds=seconds,
         )
     return nodes
+
+
+def _metered(path: Path) -> Number | None:
+    """Seconds on the meter of a node that ended elsewhere, or before events were kept."""
+    roles = read_json(path).get("meter", {}).values()
+    return sum(role.get("seconds", 0) for role in roles) or None
 
 
 def _from_spec(spec: Mapping[str, Any]) -> tuple[list[str], int | None]:

@@ -50,10 +50,10 @@ class Axis:
     log: bool = False
 
     def at(self, value: Number) -> Number:
-        """Place on the axis, 0..1."""
-        if self.log:
-            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
-        return (value - self.low) / (self.high - self.low)
+        """Place on the axis, 0..1; what lies beyond it is drawn at its end."""
+        scaled = math.log if self.log else float
+        low, high = scaled(self.low), scaled(self.high)
+        return min(max((scaled(value) - low) / (high - low), 0.0), 1.0)
 
 
 def linear_axis(values: Sequence[Number], label: str, scale: Number = 1, count: int = 4) -> Axis:
@@ -70,14 +70,21 @@ def linear_axis(values: Sequence[Number], label: str, scale: Number = 1, count: 
 
 
 def log_axis(values: Sequence[Number], label: str, text: Any = str, at: Sequence[Number] | None = None) -> Axis:
-    """A log axis over positive values; ticks `at` these values, or at 1, 2, 5 times powers of ten."""
+    """A log axis over positive values; ticks `at` these values, or at round ones: powers of ten if three are inside."""
     low, high = min(values), max(values)
     low, high = (low / 1.3, high * 1.3) if low == high or at is None else (low, high)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    round_ones = [d * 10.0**e for e in decades for d in (1, 2, 5)]
-    shown = at if at is not None else [v for v in round_ones if low <= v <= high]
-    shown = [v for v in shown if math.log10(v) % 1 == 0] if at is None and len(shown) > 6 else shown
+    shown = _round_inside(low, high) if at is None else at
     return Axis(low, high, tuple((v, text(v)) for v in shown), label, log=True)
+
+
+def _round_inside(low: Number, high: Number) -> list[Number]:
+    powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    shown: list[Number] = []
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), [d / 10 for d in range(10, 100)]):
+        shown = [round(d * power, 12) for power in powers for d in digits if low <= d * power <= high]
+        if len(shown) >= 3:
+            break
+    return shown[:: math.ceil(len(shown) / 6)]
 
 
 def _nice(step: Number) -> Number:

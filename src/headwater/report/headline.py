@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,15 +26,32 @@ class Sentence:
 
 
 def headlines(run: Run) -> list[Sentence]:
-    """One sentence for the first declared comparison on every task."""
-    rows = run.results.get("comparisons", [])
-    return [sentence(run, row) for row in rows if (row["a"], row["b"]) == (rows[0]["a"], rows[0]["b"])]
+    """One sentence for the first declared comparison on every task, at the largest of its budgets."""
+    return [sentence(run, row) for row in _first(run)]
 
 
 def further(run: Run) -> list[Sentence]:
     """Sentences for the other declared comparisons."""
+    first = _first(run)
+    return [sentence(run, row) for row in run.results.get("comparisons", []) if row not in first]
+
+
+def _first(run: Run) -> list[Mapping[str, Any]]:
     rows = run.results.get("comparisons", [])
-    return [sentence(run, row) for row in rows if (row["a"], row["b"]) != (rows[0]["a"], rows[0]["b"])]
+    largest: dict[str, Mapping[str, Any]] = {}
+    for row in (row for row in rows if _arms(row) == _arms(rows[0])):
+        if row["task"] not in largest or _budget(row) > _budget(largest[row["task"]]):
+            largest[row["task"]] = row
+    return list(largest.values())
+
+
+def _arms(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Both sides without their budgets."""
+    return tuple(re.sub(r"@\d+", "", row[side]) for side in ("a", "b"))
+
+
+def _budget(row: Mapping[str, Any]) -> int:
+    return max([int(n) for side in ("a", "b") for n in re.findall(r"@(\d+)", row[side])], default=0)
 
 
 def sentence(run: Run, row: Mapping[str, Any]) -> Sentence:

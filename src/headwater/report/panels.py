@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from markupsafe import Markup
 
@@ -56,7 +57,7 @@ def efficiency(run: Run, task: str) -> Panel | None:
     budgets = sorted({p[0] for s in series for p in s.points})
     rules = _bases(run, task)
     x = log_axis(budgets, "labels in the pool (log scale)", count, at=budgets)
-    y = linear_axis(_heights(series) + [v for v, _ in rules], "accuracy, %", scale=100)
+    y = _shares(series, rules)
     alt = f"Accuracy on {task} against labels. " + "; ".join(
         f"{s.name}: {', '.join(f'{points(p[1])} % at {count(p[0])}' for p in s.points)}" for s in series
     )
@@ -87,7 +88,7 @@ def cost(run: Run, task: str) -> Panel | None:
     series = [Series(r.name, slot, (_cost_point(r),), line=False) for slot, r in enumerate(rows)]
     rules = _bases(run, task)
     x = log_axis([p[0] for s in series for p in s.points], "training FLOPs, mean over seeds (log scale)", flops)
-    y = linear_axis(_heights(series) + [v for v, _ in rules], "accuracy, %", scale=100)
+    y = _shares(series, rules)
     alt = f"Accuracy on {task} against training FLOPs. " + "; ".join(
         f"{r.name}: {interval(r.mean, r.ci95)} % at {flops(r.flops)}FLOP" for r in rows
     )
@@ -115,6 +116,12 @@ def _heights(series: Sequence[Series]) -> list[Number]:
     return [v for s in series for p in s.points for v in p[1:] if v is not None]
 
 
+def _shares(series: Sequence[Series], rules: Sequence[tuple[Number, str]]) -> Axis:
+    """An axis for accuracies; intervals that reach beyond 0 or 1 do not stretch it."""
+    heights = _heights(series) + [value for value, _ in rules]
+    return linear_axis([min(max(value, 0), 1) for value in heights], "accuracy, %", scale=100)
+
+
 def learning(run: Run) -> list[StageCurves]:
     """For every stage, one small multiple per metric that it logged; a line per set of arms that share the nodes."""
     by_stage: dict[str, list[Group]] = {}
@@ -137,7 +144,7 @@ def _logged(run: Run, node: Node) -> dict[str, dict[int, Number]]:
         for row in run.rows(node.key, name):
             for metric, value in row.items():
                 shown = "eval/avg@k" if metric.startswith("eval/") else metric
-                if shown in METRICS and isinstance(value, int | float) and value == value and "step" in row:
+                if shown in METRICS and isinstance(value, int | float) and isfinite(value) and "step" in row:
                     found.setdefault(shown, {})[row["step"]] = value
     return found
 

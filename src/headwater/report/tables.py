@@ -66,7 +66,7 @@ def tasks(run: Run) -> list[str]:
 def arm_rows(run: Run, task: str) -> list[ArmRow]:
     """Base models, trained teachers, then every arm: with its numbers when it is finished, empty when it is not."""
     models, arms = run.results.get("models", {}), run.results.get("arms", {})
-    base = [row for row in models.values() if row["role"].startswith("base")]
+    base = sorted((row for row in models.values() if row["role"].startswith("base")), key=lambda row: row["role"])
     taught = [row for row in models.values() if row["role"] == "trained teacher" and task in row.get("summary", {})]
     rows = [_model_row(row, row["role"], "base", task) for row in base if task in row.get("summary", {})]
     rows += [_model_row(row, f"teacher of {row.get('of', '?').partition('/')[0]}", "teacher", task) for row in taught]
