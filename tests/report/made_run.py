@@ -205,6 +205,7 @@ def _results(
         models[model] = {"role": f"base {model}", "evals": by_seed, "summary": {"chains": summary(mean, seeds)}}
     done = {name: by_seed for name, by_seed in by_arm.items() if name not in unfinished}
     rows: dict[str, Any] = {}
+    ends = {keys[-1] for by_seed in done.values() for keys in by_seed.values()}
     for name, by_seed in done.items():
         arm, _, labels = name.partition("@")
         pool = int(labels or 128)
@@ -215,7 +216,8 @@ def _results(
                 row = {"role": role, "of": f"{name}/{stage}", "seed": int(seed)}
                 row["evals"] = {seed: {"chains": result(evals[place]["chains"][seed], 0.8)}}
                 row |= {"summary": {"chains": summary(0.8, seeds)}} if int(seed) == seeds[0] else {}
-                models.setdefault(place, row)
+                if place not in ends:
+                    models.setdefault(place, row)
         rows[name] = {
             "arm": arm, "budget": pool, "stages": list(CHAINS[arm]), "summary": {"chains": summary(mean, seeds, True)},
             "seeds": {seed: _bill(CHAINS[arm], keys, pool, evals, seed, mean) for seed, keys in by_seed.items()},

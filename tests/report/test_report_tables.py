@@ -34,6 +34,8 @@ def test_stage_rows_carry_their_own_bill_and_accuracy(tmp_path: Path):
     assert [s.mean for s in stages] == [0.8, 0.8, 0.41]
     assert [s.distinct for s in stages] == [128, 0, 0]
     assert [s.tokens for s in stages] == [300_000, 400_000, 500_000]
+    shared = next(r for r in rows if r.name == "bridge_rl").below  # all but the last are the bridge's own
+    assert [s.mean for s in shared] == [0.8, 0.8, 0.41, 0.45] and [s.gap for s in shared] == [None] * 4
     assert next(r for r in rows if r.name == "direct").below == ()  # one stage: the arm itself
 
 

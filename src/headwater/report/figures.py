@@ -306,7 +306,7 @@ def _box(box: Group, x: int, y: int) -> str:
     return (
         f'<g class="box m-{escape(box.method)} {kind.replace(" ", "-")}"><title>{escape(box.stage)} for '
         f'{escape(box.name)}: {escape(state)}</title><rect x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>'
-        f'<rect class="stripe" x="{x}" y="{y + 8}" width="4" height="{BOX[1] - 16}"/>'
+        f'<rect class="stripe" x="{x + 5}" y="{y + 8}" width="4" height="{BOX[1] - 16}"/>'
         f'<text class="stage" x="{x + 14}" y="{y + 20}">{escape(_cut(box.stage, 14))} '
         f'<tspan class="method">{escape(_cut(box.method, 10))}</tspan></text>'
         f'<text class="of" x="{x + 14}" y="{y + 38}">{escape(_cut(box.name, 22))}</text>'

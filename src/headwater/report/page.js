@@ -82,11 +82,10 @@
     } catch (error) {
       if (++failed === 3) say("The watch command has ended; this page no longer changes.");
     }
-    setTimeout(poll, failed ? 10000 : 2000);
+    setTimeout(poll, failed ? 10000 : 3000);
   }
 
   for (const section of all("main > section[id]")) received[section.id] = section.outerHTML;
   dress(document);
-  window.addEventListener("beforeprint", () => all("details").forEach((d) => { d.open = true; }));
   if (live) setTimeout(poll, 500);
 })();

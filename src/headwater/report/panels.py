@@ -132,7 +132,8 @@ def learning(run: Run) -> list[StageCurves]:
         logged = {node.key: _logged(run, node) for group in members for node in group.nodes}
         panels = [p for metric in METRICS if (p := _metric_panel(stage, metric, members, logged))]
         if panels:
-            names = [Series(group.name, slot, ((0, 0, None, None),) * 13) for slot, group in enumerate(members)]
+            begun = [any(logged[node.key] for node in group.nodes) for group in members]
+            names = [Series(g.name, slot, ((0, 0, None, None),) * 13) for slot, g in enumerate(members) if begun[slot]]
             found.append(StageCurves(stage, legend(names), tuple(panels)))
     return found
 

@@ -99,17 +99,28 @@ def _arm_row(run: Run, name: str, task: str) -> ArmRow:
 def _stage_rows(run: Run, row: ArmRow, arm: Mapping[str, Any], task: str) -> list[ArmRow]:
     """Bills of an arm's stages (means over seeds), with the accuracy after each where it was measured."""
     found = []
-    models = run.results.get("models", {}).values()
     for place, stage in enumerate(row.stages):
-        of = [m for m in models if m.get("of") == f"{row.name}/{stage}" and task in m.get("summary", {})]
-        shown = row if place == len(row.stages) - 1 else _model_row(of[0], stage, "stage", task) if of else None
-        shown = shown or _unfinished(stage, task)
+        keys = {s["stages"][place] for s in arm["seeds"].values() if len(s["stages"]) > place}
+        shown = row if place == len(row.stages) - 1 else _after(run, keys, stage, task)
         bills = [s["by_stage"][place] for s in arm["seeds"].values() if len(s.get("by_stage", ())) > place]
         mean = {name: _mean([_spent(bill, name) for bill in bills]) for name in ("tokens", "flops", "seconds")}
         labels = {name: _mean([bill["labels"][name] for bill in bills]) for name in ("distinct", "revealed")}
         kept = {**vars(shown), "name": stage, "role": "stage", "below": (), "gap": None, "stages": ()}
         found.append(ArmRow(**{**kept, **mean, **labels}))
     return found if any(r.tokens is not None or r.mean is not None for r in found) and len(found) > 1 else []
+
+
+def _after(run: Run, keys: set[str], stage: str, task: str) -> ArmRow:
+    """Accuracy of the students or teachers that these stages left: of their own row, or of an arm that ends there."""
+    models, arms = run.results.get("models", {}), run.results.get("arms", {})
+    for key in keys & set(models):
+        if task in models[key].get("summary", {}):
+            return _model_row(models[key], stage, "stage", task)
+    for arm in arms.values():
+        if keys & {s["stages"][-1] for s in arm["seeds"].values()} and task in arm.get("summary", {}):
+            ends = [s["evals"][task] for s in arm["seeds"].values() if task in s.get("evals", {})]
+            return _row(stage, "stage", task, arm["summary"][task], ends)
+    return _unfinished(stage, task)
 
 
 def _row(
