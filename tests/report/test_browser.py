@@ -181,7 +181,7 @@ def test_the_live_page_follows_the_run(browser: Any, tmp_path: Path):
         (root / "results.json").write_text(json.dumps(results))
         with (root / "events.jsonl").open("a") as file:
             file.write(json.dumps({"time": made_run.START + 900, "kind": "done", "key": running, "error": ""}) + "\n")
-        sync_api.expect(page.locator("#progress .big")).to_have_text("37 of 42 nodes done", timeout=15000)
+        sync_api.expect(page.locator("#progress .big")).to_have_text("37 of 42 nodes done", timeout=30000)
         assert page.inner_text("#news") == "37 of 42 nodes done"
         assert page.evaluate("document.querySelector('#cost-n1').open")
         assert abs(page.evaluate("document.querySelector('#cost-n1').getBoundingClientRect().top") - place) < 2
@@ -190,10 +190,10 @@ def test_the_live_page_follows_the_run(browser: Any, tmp_path: Path):
         # What did not change was not touched.
         assert page.evaluate("document.querySelector('#bills').dataset.seen = 'yes'") == "yes"
         shutil.rmtree(root / "nodes" / running)
-        page.wait_for_timeout(3000)
+        page.wait_for_timeout(6500)
         assert page.evaluate("document.querySelector('#bills').dataset.seen") == "yes"
         made_run.make(root)
-        sync_api.expect(page.locator("#progress")).to_have_count(0, timeout=15000)
+        sync_api.expect(page.locator("#progress")).to_have_count(0, timeout=30000)
         assert page.inner_text("#news") == "The study is finished."
         assert page.locator("nav a").first.inner_text() == "What it found"
         page.context.close()

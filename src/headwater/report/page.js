@@ -82,7 +82,7 @@
     } catch (error) {
       if (++failed === 3) say("The watch command has ended; this page no longer changes.");
     }
-    setTimeout(poll, failed ? 10000 : 3000);
+    setTimeout(poll, failed ? 10000 : 5000);
   }
 
   for (const section of all("main > section[id]")) received[section.id] = section.outerHTML;

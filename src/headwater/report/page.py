@@ -6,6 +6,7 @@ import base64
 import hashlib
 import shlex
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def text(run_directory: Path, form: str) -> str:
 def html(run: Run, *, live: bool = False, now: Number | None = None) -> str:
     """A run as a page; a section without data is left out. `now` (Unix seconds) dates it."""
     css, script = _inlined()
+    now = time.time() if now is None else now
+    return _template().render(
+        **_content(run, now), css=_trusted(css), script=_trusted(script), policy=policy(live=live), live=live, now=now
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once: the live page is made again and again."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -52,10 +62,7 @@ def html(run: Run, *, live: bool = False, now: Number | None = None) -> str:
         "count": tables.count, "duration": tables.duration, "flops": tables.flops, "share": tables.share,
         "when": tables.when, "interval": tables.interval, "shell": lambda argv: shlex.join(map(str, argv)),
     }  # fmt: skip
-    now = time.time() if now is None else now
-    return environment.get_template("page.html.jinja").render(
-        **_content(run, now), css=_trusted(css), script=_trusted(script), policy=policy(live=live), live=live, now=now
-    )
+    return environment.get_template("page.html.jinja")
 
 
 def policy(*, live: bool = False) -> str:
