@@ -142,7 +142,10 @@ def test_a_finished_run_in_one_go_says_that_nothing_failed(tmp_path: Path):
     (root / "results.json").write_text(json.dumps(found))
     for path in root.glob("nodes/*/metrics.jsonl"):
         path.write_text(path.read_text().replace("0.25", "0.0"))
-    assert "Nothing: every node finished, in one go" in page.html(read(root))
+    assert "Nothing: every node finished, no run was interrupted" in page.html(read(root))
+    with (root / "events.jsonl").open("a") as file:  # the same command again, which had nothing left to do
+        file.write('{"time": 1, "kind": "run", "command": []}\n{"time": 2, "kind": "end"}\n')
+    assert interruptions(read(root)) == []
 
 
 def test_one_seed_is_said_to_be_one(tmp_path: Path):

@@ -124,11 +124,11 @@ def unfinished(run: Run) -> list[str]:
 
 
 def interruptions(run: Run) -> list[str]:
-    """Invocations after the first, in words: a run that was stopped and resumed says so."""
+    """Invocations in words, when one of several did not come to its end: a run that was stopped and resumed says so."""
     begun = [event for event in run.events if event.get("kind") == "run"]
-    if len(begun) < 2:
-        return []
     ends = sum(event.get("kind") == "end" for event in run.events)
+    if len(begun) < 2 or ends >= len(begun):
+        return []
     times = ", ".join(when(event.get("time")) for event in begun)
     return [f"{plural(len(begun), 'invocation')} wrote here (begun {times}); {ends} came to an end by themselves."]
 
