@@ -250,6 +250,19 @@ def test_six_is_the_least_whole_inflation_that_holds_95_percent_from_three_seeds
     assert least_coverage(1, 6) == pytest.approx(0.934, abs=0.001)  # two seeds: below
 
 
+def test_a_floor_at_the_problems_only_interval_would_cover_too_much_at_three_seeds():
+    # Neither seed nor problem effects, so the exact half width is t(2) sqrt(x) and the problems-only one 1.96.
+    x = stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, 2) / 2
+
+    def covered(floor: float) -> float:
+        return float((2 * stats.norm.cdf(np.maximum(stats.t.ppf(0.975, 2) * x**0.5, floor)) - 1).mean())
+
+    assert covered(0.0) == pytest.approx(0.95, abs=0.0005)
+    assert covered(1.96) == pytest.approx(0.987, abs=0.0005)
+    ours = float(stats.t.ppf(0.975, 2)) * float(stats.chi2.ppf(0.05, 2) / 2) ** 0.5
+    assert covered(ours) == pytest.approx(0.960, abs=0.0005)
+
+
 def mean_accuracy(logit: float, variance: float) -> float:
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     return float(weights @ (1 / (1 + np.exp(-logit - variance**0.5 * nodes))) / weights.sum())
@@ -354,5 +367,7 @@ def test_coverage_where_nothing_was_chosen(num_seeds: int, num_problems: int):
         )
         cell = f"| {num_seeds} | {num_problems} | {accuracy} | {seed_sds} |"
         print(f"{cell} {difference:.4f} | {mean:.4f} |")
-        assert 0.92 <= difference <= 0.98, cell
-        assert 0.85 <= mean <= 0.98, cell
+        assert (0.92 if num_seeds == 2 else 0.93) <= difference <= 0.97, cell
+        assert 0.87 <= mean <= 0.98, cell  # skewed effects, see docs/statistics.md
+        if num_seeds > 2 and seed_sds[0] == seed_sds[1]:
+            assert 1 - difference <= nominal(4000), cell
