@@ -24,7 +24,6 @@ from measure import (
     Row,
     Scale,
     build,
-    compile_layers,
     median_seconds,
     memory,
     peak_memory,
@@ -39,7 +38,7 @@ from headwater.losses import oracle
 from headwater.losses.dense import Divergence, dense_divergence
 from headwater.losses.projection import token_logprobs
 from headwater.mesh import Mesh
-from headwater.models.language_model import LanguageModel
+from headwater.models.language_model import LanguageModel, compile_layers
 from headwater.rollouts.batch import Batch, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
@@ -188,10 +187,11 @@ def kernels(scale: Scale, peak_tflops: float) -> list[Row]:
 def sampling(scale: Scale, copy_gbs: float) -> list[Row]:
     """Tokens per second of the sampler against the time to read the weights and the cache once per step."""
     rows, prompt = [], max(4, 256 // scale.divide)
-    for size in dict.fromkeys(name for name, _, _ in scale.sampled):
+    for size in dict.fromkeys(name for name, *_ in scale.sampled):
         model = build(size, scale, trained=False)
-        sampler, config = TransformersSampler(model), model.module.config
-        for batch, unequal in ((b, u) for name, b, u in scale.sampled if name == size):
+        config = model.module.config
+        for batch, unequal, ends in (row[1:] for row in scale.sampled if row[0] == size):
+            sampler = TransformersSampler(replace(model, eos_ids=(*range(ends), *model.eos_ids)))
             lengths = [prompt - (i % 8) * (prompt // 16) * unequal for i in range(batch // 2)]
             problems = [Problem((Message("user", f"{i} {length}"),)) for i, length in enumerate(lengths)]
             sampler.sample(problems, Sampling(("warm",), 2, 4))
@@ -208,13 +208,15 @@ def sampling(scale: Scale, copy_gbs: float) -> list[Row]:
                 {
                     "model": size,
                     "batch": batch,
+                    "mean length": drawn / batch,
                     "tokens/s": drawn / seconds,
+                    "prompts": f"{min(lengths)}-{max(lengths)}",
                     "ms/step": seconds / scale.new_tokens * 1e3,
                 }
                 | {"floor ms/step": floor / scale.new_tokens * 1e3, "floor share": floor / seconds}
                 | {"peak GB": peak_memory() / 1e9}
             )
-        del model, sampler
+        del model, sampler  # pyright: ignore[reportPossiblyUnbound]
         reset_peak()
     return rows
 
@@ -233,38 +235,54 @@ def model_flops(model: LanguageModel, rows: int, prompt: int, completion: int, p
 
 
 def timed_step(
-    student: LanguageModel, loss_of: Callable[[float], Loss], rows: int, prompt: int, completion: int, budget: int
+    student: LanguageModel,
+    loss_of: Callable[[float], Loss],
+    rows: int,
+    prompt: int,
+    completion: int,
+    budget: int,
+    *,
+    unequal: bool = False,
 ) -> Row:
-    """Median of three updates after one, with the peak memory of all of them."""
+    """Median of three updates after one, with the peak memory of all of them and the time of the first.
+
+    Completions differ in length when `unequal`, from `completion` down to a quarter, other ones at every update.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
         return torch.randint(student.vocab_size, (count,), generator=generator).tolist()
 
-    def per_token(values: Callable[[int], Tensor]) -> list[Tensor]:
-        return [values(completion) for _ in range(rows)]
+    def batch() -> Batch:
+        short = torch.randint(completion // 4, completion + 1, (rows,), generator=generator).tolist()
+        lengths = short if unequal else [completion] * rows
 
-    batch = Batch([ids(prompt) for _ in range(rows)], [ids(completion) for _ in range(rows)]).with_fields(
-        weights=per_token(torch.ones),
-        advantages=per_token(lambda n: torch.randn(1, generator=generator).expand(n)),
-        sampler=per_token(lambda n: torch.full((n,), -11.5)),
-    )
+        def per_token(values: Callable[[int], Tensor]) -> list[Tensor]:
+            return [values(length) for length in lengths]
+
+        return Batch([ids(prompt) for _ in range(rows)], [ids(length) for length in lengths]).with_fields(
+            weights=per_token(torch.ones),
+            advantages=per_token(lambda n: torch.randn(1, generator=generator).expand(n)),
+            sampler=per_token(lambda n: torch.full((n,), -11.5)),
+        )
+
     optimizer = AdamW(student, Optimizer(lr=1e-6))
-    loss, times = loss_of(float(rows * completion)), []
+    loss, times, drawn = loss_of(float(rows * completion)), [], [batch() for _ in range(4)]
     reset_peak()
-    for _ in range(4):
+    for rollouts in drawn:
         synchronize()
         start = time.perf_counter()
-        micros = micro_batches(batch, max_tokens=budget, device=student.device)
+        micros = micro_batches(rollouts, max_tokens=budget, device=student.device)
         update(student, optimizer, micros, loss, lr=1e-6, max_grad_norm=1.0, mesh=Mesh())
         synchronize()
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[1:])
-    tokens = rows * (prompt + completion)
+    tokens = statistics.mean(b.num_tokens for b in drawn)
     return {
-        "rows": f"{rows} x ({prompt} + {completion})",
+        "rows": f"{rows} x ({prompt} + {'up to ' * unequal}{completion})",
         "micro-batch": budget,
         "checkpointing": student.checkpoint_activations,
+        "first s": times[0],
         "seconds": seconds,
         "tokens/s": tokens / seconds,
         "peak GB": peak_memory() / 1e9,
@@ -276,7 +294,9 @@ def grpo_update(scale: Scale, peak_tflops: float) -> list[Row]:
     prompt, completion = (256, 1024) if scale.divide == 1 else (4, 12)
     count, out = -(-scale.step_tokens // (prompt + completion)), []
     settings = GRPO(steps=1, max_new_tokens=completion, problems_per_step=1, optimizer=Optimizer(lr=1e-6))
-    for budget, checkpoint, compiled in ((6400, False, False), (16_640, True, False), (6400, False, True)):
+    plans = [(6400, False, False, False), (6400, False, True, False), (16_640, True, True, False)]
+    plans += [(6400, False, False, True), (6400, False, True, True)]
+    for budget, checkpoint, compiled, unequal in plans:
         student = build("1.7B", scale, trained=True, checkpoint=checkpoint, compiled=compiled)
         flops = model_flops(student, count, prompt, completion, 3)
         row = timed_step(
@@ -286,9 +306,12 @@ def grpo_update(scale: Scale, peak_tflops: float) -> list[Row]:
             prompt,
             completion,
             budget // scale.divide,
+            unequal=unequal,
         )
         row |= {"compiled layers": compiled}
-        out.append(row | {"model PFLOP": flops / 1e15, "MFU": flops / row["seconds"] / 1e12 / peak_tflops})
+        if not unequal:
+            row |= {"model PFLOP": flops / 1e15, "MFU": flops / row["seconds"] / 1e12 / peak_tflops}
+        out.append(row)
         del student
         reset_peak()
     return out
@@ -309,15 +332,14 @@ def distill_step(scale: Scale, peak_tflops: float) -> list[Row]:
     out, teacher = [], build("8B", scale, trained=False)
     for prompt, completion, count, budget, checkpoint, compiled in plans:
         student = build("1.7B", scale, trained=True, checkpoint=checkpoint, compiled=compiled)
-        if compiled:
-            compile_layers(teacher)
+        teacher = compile_layers(teacher) if compiled else teacher
         settings = Distill(steps=1, max_new_tokens=completion, problems_per_step=1, optimizer=Optimizer(lr=1e-6))
         with tempfile.TemporaryDirectory() as directory:
             run = StageRun(Path(directory))
             try:
                 row = timed_step(
                     student,
-                    lambda d, r=run, s=settings: dense_loss(s, teacher, scale.vocab, d, r),
+                    lambda d, r=run, s=settings, t=teacher: dense_loss(s, t, scale.vocab, d, r),
                     count,
                     prompt,
                     completion,

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from headwater.config import ModelConfig
-from headwater.models.language_model import LanguageModel
+from headwater.models.language_model import LanguageModel, compile_layers
 
 Row = dict[str, Any]
 HEAD_ROWS, VOCAB = 151_936, 151_669
@@ -53,21 +53,22 @@ class Scale:
     square: int = 8192
     copy_bytes: int = 4 << 30
     divide: int = 1
-    sampled: tuple[tuple[str, int, bool], ...] = (
-        ("0.6B", 64, False),
-        ("0.6B", 256, False),
-        ("1.7B", 64, False),
-        ("1.7B", 256, False),
-        ("1.7B", 256, True),
+    sampled: tuple[tuple[str, int, bool, int], ...] = (
+        ("0.6B", 64, False, 0),
+        ("0.6B", 256, False, 0),
+        ("1.7B", 64, False, 0),
+        ("1.7B", 256, False, 0),
+        ("1.7B", 256, True, 0),
+        ("1.7B", 256, True, 2048),
     )
-    """Model, batch, and whether prompts differ in length (and so are padded and masked)."""
+    """Model, batch, whether prompts differ in length (so are padded and masked), how many tokens end a completion."""
     new_tokens: int = 256
     step_tokens: int = 65_536
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
 
 
 TINY = Scale(
-    "cpu", 96, 91, (16, 32), (24, 48), 16, 64, 1 << 20, 64, (("0.6B", 2, False), ("0.6B", 4, True)), 4, 64, (32,)
+    "cpu", 96, 91, (16, 32), (24, 48), 16, 64, 1 << 20, 64, (("0.6B", 2, False, 0), ("0.6B", 4, True, 9)), 4, 64, (32,)
 )
 
 
@@ -111,15 +112,7 @@ def build(name: str, scale: Scale, *, trained: bool, checkpoint: bool = False, c
     settings = ModelConfig(source="file:random", dtype="bfloat16", template="none")
     # An end token past the tokenizer's last is never drawn: every completion has full length.
     model = LanguageModel(module, Tokens(scale.vocab), settings, (scale.vocab,), scale.vocab, checkpoint)  # pyright: ignore
-    if compiled:
-        compile_layers(model)
-    return model
-
-
-def compile_layers(model: LanguageModel) -> None:
-    """torch.compile each decoder layer for fixed shapes: what a user can do to a model before training."""
-    for layer in model.module.model.layers:
-        layer.compile(dynamic=False)
+    return compile_layers(model) if compiled else model
 
 
 def synchronize() -> None:

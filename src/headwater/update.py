@@ -30,8 +30,8 @@ class Term:
     coef: float = 1.0
 
 
-Loss = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "vocab hidden"], MicroBatch], tuple[list[Term], Metrics]]
-"""Hidden states that predict the targets, the LM head, the micro-batch -> loss terms and metrics."""
+Loss = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "rows hidden"], MicroBatch], tuple[list[Term], Metrics]]
+"""Hidden states that predict the targets, the padded LM head, the micro-batch -> loss terms and metrics."""
 
 
 class NonFiniteError(RuntimeError):
@@ -142,7 +142,7 @@ def update(
     value, failed = torch.zeros((), dtype=torch.float64), []
     for micro in micro_batches:
         hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
-        terms, observed = loss(hidden, model.head, micro)
+        terms, observed = loss(hidden, model.padded_head, micro)
         # The empty sum ties the loss to the graph when every term is left out.
         total = sum((t.coef / t.denominator * t.total for t in terms if t.denominator > 0), hidden[:0].sum())
         value += total.detach().double().cpu()

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from headwater.config import GRPO, Execution, ModelConfig, Optimizer
@@ -17,10 +18,11 @@ from headwater.losses import oracle
 from headwater.losses.dense import dense_divergence
 from headwater.losses.projection import token_logprobs
 from headwater.mesh import Mesh
-from headwater.models.language_model import LanguageModel
+from headwater.models.language_model import LanguageModel, compile_layers
+from headwater.rollouts import sampler
 from headwater.rollouts.batch import Batch, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
-from headwater.scoring.log_probs import View, score_tokens
+from headwater.scoring.log_probs import View, score_tokens, top_k_scores
 from headwater.scoring.scores import HiddenScores, TopKScores
 from headwater.stages.grpo import policy_loss
 from headwater.types import Message, Problem
@@ -130,18 +132,53 @@ def tiny(compute: str, weights: torch.dtype, *, trained: bool) -> LanguageModel:
     return LanguageModel(module, tokens(), settings, (0, 1), 61)
 
 
+TEXTS = ["7 8 9", "3", "5 6 7 8 9 10 11", "2 2 2 2 2", "40 41", "60 59 58 57 56 55 54 53 52"]
+PROBLEMS = [Problem((Message("user", text),)) for text in TEXTS]
+"""Of unequal length, so padded on the left."""
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("bfloat16", 0.08)])
-def test_recomputed_log_probs_are_the_samplers(dtype, tolerance):
-    """Prompts of unequal length (padding on the left), rows that end early, temperature other than 1; nats."""
+def test_recomputed_log_probs_are_the_samplers(dtype, tolerance, compiled):
+    """Rows that end early, temperature other than 1; nats."""
     model = tiny(dtype, getattr(torch, dtype), trained=False)
-    texts = ["7 8 9", "3", "5 6 7 8 9 10 11", "2 2 2 2 2", "40 41", "60 59 58 57 56 55 54 53 52"]
-    problems = [Problem((Message("user", text),)) for text in texts]
-    rollouts = TransformersSampler(model).sample(problems, Sampling(("gpu", 0), 8, 48, temperature=0.8))
+    model = compile_layers(model) if compiled else model
+    rollouts = TransformersSampler(model).sample(PROBLEMS, Sampling(("gpu", 0), 8, 48, temperature=0.8))
     lengths = [len(r.completion_ids) for r in rollouts]
     assert min(lengths) < 16 and max(lengths) == 48
     again = score_tokens(model, Batch.of(rollouts), View(0.8, max_tokens=512, chunk_tokens=100))
     drawn = torch.cat([torch.tensor(r.sampler_logprobs) for r in rollouts])
     assert (torch.cat(again) - drawn).abs().max() < tolerance
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}, {"top_k": 5}, {"max_new_tokens": 1}]
+)
+@pytest.mark.parametrize("segment", [256, 7])
+def test_graphs_draw_what_plain_decoding_draws(how, segment, monkeypatch):
+    model = tiny("float32", torch.float32, trained=False)
+    settings = Sampling(("gpu", 1), **{"group_size": 8, "max_new_tokens": 48} | how)
+    monkeypatch.setattr(sampler, "SEGMENT", segment)
+    monkeypatch.setattr(sampler, "CHECK", 4)
+    replayed = TransformersSampler(model).sample(PROBLEMS, settings)
+    monkeypatch.setattr(sampler, "_replayable", lambda *_: False)
+    plain = TransformersSampler(model).sample(PROBLEMS, settings)
+    assert [replace(r, sampler_logprobs=[]) for r in replayed] == [replace(r, sampler_logprobs=[]) for r in plain]
+    for a, b in zip(replayed, plain, strict=True):
+        assert a.sampler_logprobs == pytest.approx(b.sampler_logprobs, abs=2e-5)
+
+
+def test_stored_top_k_is_that_of_the_tokens():
+    model = tiny("float32", torch.float32, trained=False)
+    batch = top_k_scores(model, training_batch(5), 4, View(0.7, max_tokens=60, chunk_tokens=7))
+    for row, ids in enumerate(batch.prompts):
+        whole = torch.tensor([ids + batch.completions[row]], device=DEVICE)
+        logits = model.module(input_ids=whole).logits[0, len(ids) - 1 : -1, :61].double() / 0.7
+        top = logits.log_softmax(1).topk(4)
+        assert torch.equal(batch.fields["teacher_ids"][row].cpu(), top.indices.cpu())
+        torch.testing.assert_close(
+            batch.fields["teacher_logprobs"][row].double().cpu(), top.values.cpu(), rtol=0, atol=1e-4
+        )
 
 
 def training_batch(rows: int) -> Batch:
@@ -183,6 +220,24 @@ def test_update_does_not_depend_on_the_micro_batch_split(checkpoint):
         for name, value in optimizer.state().items():
             if name.startswith("exp_avg."):
                 assert relative(value, whole.state()[name].double().cpu()) < 1e-5, name
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_compiled_layers_give_the_same_update(checkpoint):
+    """Gradients of the first step, over rows of seven lengths, in which no length is compiled for."""
+    expected, _ = one_update(tiny("float32", torch.float32, trained=True), 60)
+    model = compile_layers(replace(tiny("float32", torch.float32, trained=True), checkpoint_activations=checkpoint))
+    if checkpoint:
+        model.module.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer, _ = one_update(model, 60)
+    for name, value in optimizer.state().items():
+        if name.startswith("exp_avg."):
+            assert relative(value, expected.state()[name].double().cpu()) < 1e-4, name
+    seen = []
+    for length in range(20, 30):
+        model.hidden(torch.zeros(3, length, dtype=torch.long, device=DEVICE)).sum().backward()
+        seen.append(counters["stats"]["unique_graphs"])
+    assert seen[1] > 0 and seen[-1] == seen[1]
 
 
 def test_bfloat16_trains_float32_masters():

@@ -7,11 +7,7 @@ tokens x vocab outlives a chunk. Liger's fused linear losses (arXiv:2410.10989) 
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import shutil
-from collections.abc import Callable
 from typing import Any, Literal, no_type_check
 
 import torch
@@ -26,12 +22,13 @@ from headwater.losses.numerics import (
     add_product,
     check_projection,
     first_rows,
+    fused,
     matmul,
     matmul_dtype,
     padded_rows,
     with_columns,
 )
-from headwater.losses.projection import scaled_logits
+from headwater.losses.projection import scaled
 from headwater.scoring.scores import HiddenScores, TopKScores
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -153,22 +150,20 @@ def _sum_and_gradients(
     grad_head = head.new_zeros(max(len(head), wide), head.shape[1], dtype=out) if wants[1] else None
     grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants[2] else None
     for part in weights.nonzero()[:, 0].split(chunk_tokens):
-        log_q = scaled_logits(hidden[part], cut, cut_bias, rows, temperature, multiply, out).log_softmax(1)
+        product, scale = matmul(hidden[part], cut.T, multiply), weights[part].to(out)
         if isinstance(teacher, HiddenScores):
-            log_p = _teacher_log_softmax(teacher, part, teacher_cut, temperature, rows, out)
-            on_vocabulary = _fused() if log_q.is_cuda else _value_and_gradient
-            value, grad, metrics = on_vocabulary(log_p, log_q, kind, beta)
+            other = matmul(teacher.hidden[part], teacher_cut.T, matmul_dtype(teacher.hidden, teacher.head))
+            teacher_bias = None if teacher.bias is None else teacher.bias[:rows]
+            given = (product, cut_bias, other, teacher_bias, rows, temperature, scale, kind, beta, wants[2])
+            value, grad, bias_sum, metrics = fused(_from_products, product)(*given)
         else:
+            log_q = scaled(product, cut_bias, rows, temperature, out).log_softmax(1)
             value, grad, metrics = _bucketed(teacher, part, log_q, kind, beta)
-        scale = weights[part].to(out)
+            grad, bias_sum = _to_product(grad, scale / temperature, product, wants[2])
         total += (scale * value).sum()
         statistics += metrics
-        if not any(wants):
-            continue
-        grad *= scale[:, None] / temperature
-        if grad_bias is not None:
-            grad_bias[:rows] += grad.sum(0)
-        grad = with_columns(grad, wide, multiply)
+        if grad_bias is not None and bias_sum is not None:
+            grad_bias[:rows] += bias_sum
         if grad_hidden is not None:
             grad_hidden[part] = matmul(grad, cut, multiply).to(hidden.dtype)
         if grad_head is not None:
@@ -183,12 +178,31 @@ def _sum_and_gradients(
     )
 
 
-def _teacher_log_softmax(
-    teacher: HiddenScores, part: Tensor, head: Tensor, temperature: float, rows: int, out: torch.dtype
-) -> Tensor:
-    multiply = matmul_dtype(teacher.hidden, teacher.head)
-    bias = None if teacher.bias is None else teacher.bias[:rows]
-    return scaled_logits(teacher.hidden[part], head, bias, rows, temperature, multiply, out).log_softmax(1)
+@no_type_check
+def _from_products(
+    product: Tensor,
+    bias: Tensor | None,
+    other: Tensor,
+    other_bias: Tensor | None,
+    rows: int,
+    temperature: float,
+    scale: Tensor,
+    kind: Divergence,
+    beta: float,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """From products of hidden states and heads, of student and teacher: value, `_to_product`, metric totals."""
+    log_q = scaled(product, bias, rows, temperature, scale.dtype).log_softmax(1)
+    log_p = scaled(other, other_bias, rows, temperature, scale.dtype).log_softmax(1)
+    value, grad, metrics = _value_and_gradient(log_p, log_q, kind, beta)
+    return value, *_to_product(grad, scale / temperature, product, wants_bias), metrics
+
+
+@no_type_check
+def _to_product(grad: Tensor, scale: Tensor, product: Tensor, wants_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """A gradient times `scale` [tokens], in shape and dtype of the product, and its sum over tokens."""
+    grad *= scale[:, None]
+    return with_columns(grad, product.shape[1], product.dtype), grad.sum(0) if wants_bias else None
 
 
 @no_type_check
@@ -197,7 +211,6 @@ def _expect(probability: Tensor, values: Tensor) -> Tensor:
     return torch.where(probability > 0, probability * values, 0.0).sum(1)
 
 
-# Compiled on CUDA: torch 2.11 cannot trace through run-time type checks.
 @no_type_check
 def _value_and_gradient(log_p: Tensor, log_q: Tensor, kind: Divergence, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Per row the divergence and its gradient with respect to the logits whose log-softmax is log_q; metric totals."""
@@ -214,16 +227,6 @@ def _value_and_gradient(log_p: Tensor, log_q: Tensor, kind: Divergence, beta: fl
     mixed = _expect(q, log_q - log_m)
     value = beta * _expect(p, log_p - log_m) + (1 - beta) * mixed
     return value, (1 - beta) * torch.where(q > 0, q * (log_q - log_m - mixed[:, None]), 0.0), metrics
-
-
-@functools.cache
-def _fused() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`_value_and_gradient` compiled to a few passes over tokens x vocab instead of thirty.
-
-    Triton needs a C compiler at run time; without one it stays as it is, slower and with the same result.
-    """
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang"))
-    return torch.compile(_value_and_gradient, dynamic=True) if has_compiler else _value_and_gradient
 
 
 def _bucketed(

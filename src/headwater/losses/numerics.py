@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, no_type_check
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -74,10 +80,26 @@ def first_rows(matrix: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return matrix if len(matrix) == rows else pad(matrix, (0, 0, 0, rows - len(matrix)))
 
 
+@no_type_check
 def with_columns(matrix: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The matrix in `dtype` with columns of 0 added up to `columns`."""
     matrix = matrix.to(dtype)
     return matrix if matrix.shape[1] == columns else pad(matrix, (0, columns - matrix.shape[1]))
+
+
+def fused(function: Callable[..., Any], on: Tensor) -> Callable[..., Any]:
+    """The function, for tensors on CUDA compiled to a few passes over tokens x vocab instead of thirty.
+
+    torch 2.11 cannot trace through run-time type checks: give it functions with `no_type_check`.
+    """
+    return _compiled(function) if on.is_cuda else function
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Triton needs a C compiler at run time; without one the function stays as it is, slower and with the same result.
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang"))
+    return torch.compile(function, dynamic=True) if has_compiler else function
 
 
 def check_projection(temperature: float, vocab_size: int, chunk_tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from headwater.losses.numerics import (
     add_product,
     check_projection,
     first_rows,
+    fused,
     matmul,
     matmul_dtype,
     padded_rows,
@@ -49,20 +50,47 @@ def token_logprobs(
     return logprobs, entropy
 
 
-def scaled_logits(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    temperature: float,
-    multiply: torch.dtype,
-    out: torch.dtype,
-) -> Tensor:
-    """(hidden @ head.T + bias) / temperature of the first `rows` tokens, multiplied in one dtype, returned in `out`."""
-    logits = matmul(hidden, head.T, multiply)[:, :rows].to(out)
+@no_type_check
+def scaled(product: Tensor, bias: Tensor | None, rows: int, temperature: float, out: torch.dtype) -> Tensor:
+    """Logits / temperature of the first `rows` tokens, from the product of hidden states and head."""
+    logits = product[:, :rows].to(out)
     if bias is not None:
         logits = logits + bias.to(out)
     return logits if temperature == 1 else logits / temperature
+
+
+@no_type_check
+def _statistics(
+    product: Tensor, bias: Tensor | None, rows: int, temperature: float, out: torch.dtype, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normaliser, log-prob of the target and entropy of every row of a product of hidden states and head."""
+    logits = scaled(product, bias, rows, temperature, out)
+    normaliser = logits.logsumexp(1)
+    logprobs = logits.gather(1, targets[:, None])[:, 0] - normaliser
+    return normaliser, logprobs, torch.special.entr((logits - normaliser[:, None]).exp()).sum(1)
+
+
+@no_type_check
+def _slopes(
+    product: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    temperature: float,
+    out: torch.dtype,
+    targets: Tensor,
+    normaliser: Tensor,
+    grad: Tensor,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the log-probs with respect to the product (its shape and dtype), and its sum over tokens."""
+    logits = scaled(product, bias, rows, temperature, out)
+    slope = grad[:, None].to(out) / temperature
+    slopes = (logits - normaliser[:, None]).exp_().mul_(-slope)
+    if slopes.is_cuda:  # a scatter would keep the compiler from fusing
+        slopes = torch.where(torch.arange(rows, device=slopes.device) == targets[:, None], slopes + slope, slopes)
+    else:
+        slopes.scatter_add_(1, targets[:, None], slope)
+    return with_columns(slopes, product.shape[1], product.dtype), slopes.sum(0) if wants_bias else None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -83,10 +111,10 @@ class _TokenLogprobs(torch.autograd.Function):
         normaliser, logprobs, entropy = (torch.empty(len(hidden), dtype=out, device=hidden.device) for _ in range(3))
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = scaled_logits(hidden[part], cut, cut_bias, rows, temperature, multiply, out)
-            normaliser[part] = logits.logsumexp(1)
-            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
-            entropy[part] = torch.special.entr((logits - normaliser[part, None]).exp()).sum(1)
+            product = matmul(hidden[part], cut.T, multiply)
+            normaliser[part], logprobs[part], entropy[part] = fused(_statistics, product)(
+                product, cut_bias, rows, temperature, out, targets[part]
+            )
         ctx.save_for_backward(hidden, head, bias, targets, normaliser)
         ctx.settings = (temperature, rows, chunk_tokens, multiply, out)
         ctx.mark_non_differentiable(entropy)
@@ -106,17 +134,15 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants_bias else None
         # Only rows with a gradient: a masked token's hidden state may hold NaN, and 0 * NaN would spread it.
         for part in grad_logprobs.nonzero()[:, 0].split(chunk_tokens):
-            logits = scaled_logits(hidden[part], cut, cut_bias, rows, temperature, multiply, out)
-            slope = grad_logprobs[part, None].to(out) / temperature
-            grad_logits = (logits - normaliser[part, None]).exp_().mul_(-slope)
-            grad_logits.scatter_add_(1, targets[part, None], slope)
+            product = matmul(hidden[part], cut.T, multiply)
+            given = (targets[part], normaliser[part], grad_logprobs[part], grad_bias is not None)
+            slopes, total = fused(_slopes, product)(product, cut_bias, rows, temperature, out, *given)
             if grad_bias is not None:
-                grad_bias[:rows] += grad_logits.sum(0)
-            grad_logits = with_columns(grad_logits, wide, multiply)
+                grad_bias[:rows] += total
             if grad_hidden is not None:
-                grad_hidden[part] = matmul(grad_logits, cut, multiply).to(hidden.dtype)
+                grad_hidden[part] = matmul(slopes, cut, multiply).to(hidden.dtype)
             if grad_head is not None:
-                add_product(grad_head[:wide], grad_logits.T, hidden[part], multiply)
+                add_product(grad_head[:wide], slopes.T, hidden[part], multiply)
         return (
             grad_hidden,
             None if grad_head is None else grad_head[: len(head)].to(head.dtype),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwater.config import ModelConfig
 from headwater.types import Message
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's: it prepares every new shape, and lengths are new at most steps (benchmarks/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +34,28 @@ class LanguageModel:
     vocab_size: int
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, a third more arithmetic."""
+    compiled: bool = False
+    """Decoder layers are compiled (`compile_layers`), for training and scoring; the sampler runs them as written."""
 
     @property
     def device(self) -> torch.device:
         return self.module.device
 
     @property
+    def padded_head(self) -> Float[Tensor, "rows hidden"]:
+        """The LM head with its padding rows: what the losses, which know `vocab_size`, multiply without a copy."""
+        return self.module.get_output_embeddings().weight  # pyright: ignore -- typed Module
+
+    @property
     def head(self) -> Float[Tensor, "vocab hidden"]:
         """Rows of the LM head that are tokens."""
-        return self.module.get_output_embeddings().weight[: self.vocab_size]  # pyright: ignore -- typed Module
+        return self.padded_head[: self.vocab_size]
+
+    def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+        """Logits of the tokens, in the dtype of `hidden`."""
+        # cuBLAS multiplies bfloat16 several times slower when a side is odd, as the number of tokens tends to be.
+        head = self.padded_head if hidden.is_cuda else self.head
+        return (hidden @ head.T.to(hidden))[:, : self.vocab_size]
 
     @property
     def num_parameters(self) -> int:
@@ -55,7 +73,8 @@ class LanguageModel:
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+        with sdpa_kernel(ATTENTION) if ids.is_cuda else nullcontext():
+            out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
         return out.to(ids.device)
 
     @property
@@ -97,11 +116,12 @@ def load_model(
     trained: bool = False,
     checkpoint_activations: bool = False,
     spread: bool = False,
+    compile: bool = False,
 ) -> LanguageModel:
     """Load a Hugging Face directory (or a snapshot of one).
 
     A frozen model is loaded in `config.dtype` and, with `spread`, laid out over all GPUs; one to be trained in float32,
-    from which `update.AdamW` takes its masters.
+    from which `update.AdamW` takes its masters. `compile` acts on CUDA only.
     Raises ValueError when the tokenizer has no template, no end token, or more tokens than the model has rows, and when
     the logits are not `hidden @ head.T` (a soft-cap or a bias the losses would miss).
     """
@@ -114,7 +134,25 @@ def load_model(
     module = module.eval().requires_grad_(trained)
     if checkpoint_activations:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-    return replace(wrap(module, tokenizer, config), checkpoint_activations=checkpoint_activations)
+    model = replace(wrap(module, tokenizer, config), checkpoint_activations=checkpoint_activations)
+    return compile_layers(model) if compile and model.device.type == "cuda" and not spread else model
+
+
+def compile_layers(model: LanguageModel) -> LanguageModel:
+    """The model with each decoder layer compiled (`torch.compile`) for any number of rows and tokens.
+
+    Raises ValueError for a module that does not keep its decoder layers in `layers`.
+    """
+    layers = getattr(model.base, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise ValueError(
+            f"{model.config.source}: {type(model.base).__name__} has no `layers` to compile; set compile = false"
+        )
+    # A graph each for one row, several rows, with gradient, without, of every model: torch allows 8 in a process.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return replace(model, compiled=True)
 
 
 def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> LanguageModel:

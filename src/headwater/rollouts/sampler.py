@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from headwater.mesh import Mesh
-from headwater.models.language_model import LanguageModel
+from headwater.models.language_model import ATTENTION, LanguageModel
 from headwater.rollouts import streams
 from headwater.types import Problem, Rollout
 
@@ -82,10 +84,9 @@ class TransformersSampler:
 
     def _decode(self, places: list[tuple[str, int]], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
         """One completion for every place (problem, index); `group_size` consecutive places share a prompt."""
-        model, group, limit = self.model, sampling.group_size, sampling.max_new_tokens
-        device, rows = model.device, len(places)
+        model, group = self.model, sampling.group_size
         keys = np.array([streams.key(*sampling.stream, *place) for place in places], dtype=np.uint64)
-        ids, mask, lengths = _pad_left(prompts, limit, device)
+        ids, mask, lengths = _pad_left(prompts, sampling.max_new_tokens, model.device)
         width = ids.shape[1]
 
         cache = DynamicCache(config=model.module.config)
@@ -93,38 +94,9 @@ class TransformersSampler:
         cache.batch_repeat_interleave(group)
         hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
         lengths = lengths.repeat_interleave(group)
-
-        eos = torch.tensor(model.eos_ids, device=device)
-        tokens = torch.zeros(rows, limit, dtype=torch.long)
-        logprobs = torch.zeros(rows, limit, dtype=torch.float32)
-        count = torch.full((rows,), limit)
-        alive = np.arange(rows)  # rows of the output that each row of the batch writes
-        running = torch.ones(rows, dtype=torch.bool)
-        for position in range(limit):
-            uniform = streams.uniforms(keys[alive], np.full(len(alive), position))
-            token, logprob = draw(
-                hidden @ model.head.T.to(hidden),
-                torch.from_numpy(uniform).to(device),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-            )
-            tokens[alive, position], logprobs[alive, position] = token.cpu(), logprob.cpu()
-            ended = torch.isin(token, eos).cpu() & running[alive]
-            count[alive[ended.numpy()]] = position + 1
-            running[alive[ended.numpy()]] = False
-            num_running = int(running.sum())
-            if not num_running or position + 1 == limit:
-                break
-            # Leaving costs a copy of the cache: rows leave in lots of a quarter.
-            if num_running <= 0.75 * len(alive):
-                keep = running[alive]
-                index = keep.nonzero().squeeze(1).to(device)
-                alive, token, mask, lengths = alive[keep.numpy()], token[index], mask[index], lengths[index]
-                cache.batch_select_indices(index)
-            hidden = _forward(
-                model, token[:, None], mask[:, : width + position + 1], (lengths + position)[:, None], cache
-            )
+        start = _Start(hidden, mask, lengths, cache, keys)
+        decode = _replay if _replayable(model, cache) else _step_by_step
+        tokens, logprobs, count = decode(model, start, sampling)
         prompts = [prompt for prompt in prompts for _ in range(group)]
         return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist())
 
@@ -194,6 +166,168 @@ def _truncate(probs: Float[Tensor, "batch vocab"], top_p: float, top_k: int) -> 
     return torch.zeros_like(probs).scatter(1, order, ordered * keep)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A batch after its prompts, one row for every completion.
+
+    `hidden` [rows, hidden] of the last prompt token; `mask` [rows, width + limit], 0 at padding; prompt `lengths`
+    [rows]; the keys of the random numbers.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    lengths: Tensor
+    cache: DynamicCache
+    keys: np.ndarray
+
+
+def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and log-probs [rows, limit], and how many of each row count."""
+    hidden, mask, lengths, cache, keys = start.hidden, start.mask, start.lengths, start.cache, start.keys
+    limit, rows, device = sampling.max_new_tokens, len(keys), hidden.device
+    width = mask.shape[1] - limit
+    eos = torch.tensor(model.eos_ids, device=device)
+    tokens = torch.zeros(rows, limit, dtype=torch.long)
+    logprobs = torch.zeros(rows, limit, dtype=torch.float32)
+    count = torch.full((rows,), limit)
+    alive = np.arange(rows)  # rows of the output that each row of the batch writes
+    running = torch.ones(rows, dtype=torch.bool)
+    for position in range(limit):
+        uniform = streams.uniforms(keys[alive], np.full(len(alive), position))
+        token, logprob = _draw(model, hidden, torch.from_numpy(uniform).to(device), sampling)
+        tokens[alive, position], logprobs[alive, position] = token.cpu(), logprob.cpu()
+        ended = torch.isin(token, eos).cpu() & running[alive]
+        count[alive[ended.numpy()]] = position + 1
+        running[alive[ended.numpy()]] = False
+        num_running = int(running.sum())
+        if not num_running or position + 1 == limit:
+            break
+        # Leaving costs a copy of the cache: rows leave in lots of a quarter.
+        if num_running <= 0.75 * len(alive):
+            keep = running[alive]
+            index = keep.nonzero().squeeze(1).to(device)
+            alive, token, mask, lengths = alive[keep.numpy()], token[index], mask[index], lengths[index]
+            cache.batch_select_indices(index)
+        hidden = _forward(model, token[:, None], mask[:, : width + position + 1], (lengths + position)[:, None], cache)
+    return tokens, logprobs, count
+
+
+SEGMENT, CHECK = 256, 32
+"""Steps that one CUDA graph serves at most; steps between looks at which rows have ended."""
+
+
+def _replayable(model: LanguageModel, cache: DynamicCache) -> bool:
+    """On one CUDA device, with every layer attending to all that came before."""
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return model.device.type == "cuda" and plain and not hasattr(model.module, "hf_device_map")
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """A cache whose tensors [rows, heads, slots, width] stay where they are: a token is written at slot `at` [1]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    at: Tensor
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return self.keys[layer].index_copy_(2, self.at, key), self.values[layer].index_copy_(2, self.at, value)
+
+    def resize(self, rows: Tensor, used: int, size: int) -> None:
+        """Keep these rows and the first `used` slots, then 0 up to `size`: masked or not, NaN would spread."""
+        for held in (self.keys, self.values):
+            for i, old in enumerate(held):
+                held[i] = old.new_zeros(len(rows), old.shape[1], size, old.shape[3])
+                held[i][:, :, :used] = old[rows, :, :used]
+
+
+def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_step_by_step`, replaying a CUDA graph of a step: Python takes several times longer to launch its kernels.
+
+    A graph has fixed addresses and shapes. So tokens are drawn in segments, each with room in the cache for all its
+    tokens and with the rows that had not ended before; rows that end within one are decoded on, and that is ignored.
+    """
+    limit, rows, device = sampling.max_new_tokens, len(start.keys), start.hidden.device
+    width, mask, lengths = start.mask.shape[1] - limit, start.mask, start.lengths
+    eos = torch.tensor(model.eos_ids, device=device)
+    tokens, logprobs = torch.zeros(rows, limit, dtype=torch.long), torch.zeros(rows, limit, dtype=torch.float32)
+    filled: list[Any] = start.cache.layers  # Any: transformers types layers of other kinds too
+    slots = _Slots([x.keys for x in filled], [x.values for x in filled], mask.new_tensor([width]))
+    filled.clear()  # else the prompts' keys and values would live as long as `start`
+    token, logprob = _draw(model, start.hidden, _uniforms(start.keys, range(1), device)[0], sampling)
+    tokens[:, 0], logprobs[:, 0] = token.cpu(), logprob.cpu()
+    alive, ended, done = np.arange(rows), torch.isin(token, eos), 1
+    while done < limit and not bool(ended.all()):
+        keep = (~ended).nonzero().squeeze(1)
+        alive, token, mask, lengths = alive[keep.cpu().numpy()], token[keep], mask[keep], lengths[keep]
+        stop, used = min(done + SEGMENT, limit), width + done - 1
+        size = -(-(width + stop) // 64) * 64
+        slots.resize(keep, used, size)
+        bias = torch.full((len(keep), 1, 1, size), -torch.inf, dtype=start.hidden.dtype, device=device)
+        bias[:, 0, 0, :used].masked_fill_(mask[:, :used] > 0, 0.0)
+        uniform = _uniforms(start.keys[alive], range(done, stop), device)
+        drawn, scored, ended = _segment(model, token, bias, lengths + done - 1, slots, uniform, eos, sampling)
+        stop, token = done + len(drawn), drawn[-1]
+        tokens[alive, done:stop], logprobs[alive, done:stop] = drawn.T.cpu(), scored.T.cpu()
+        done = stop
+    last = torch.isin(tokens, eos.cpu())
+    return tokens, logprobs, torch.where(last.any(1), last.int().argmax(1) + 1, limit)
+
+
+def _segment(
+    model: LanguageModel,
+    token: Tensor,
+    bias: Tensor,
+    positions: Tensor,
+    slots: _Slots,
+    uniform: Tensor,
+    eos: Tensor,
+    sampling: Sampling,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Continue after `token` [rows]: tokens and log-probs [steps, rows], and which rows have ended.
+
+    As many steps as `uniform` has, or fewer: it stops when half of the rows have ended.
+    """
+    drawn, scored = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform, dtype=torch.float32)
+    step, ended = torch.zeros_like(slots.at), torch.zeros_like(token, dtype=torch.bool)
+
+    def once() -> None:
+        bias.index_fill_(3, slots.at, 0.0)
+        hidden = _forward(model, token[:, None], bias, positions[:, None], slots)
+        new, logprob = _draw(model, hidden, uniform.index_select(0, step)[0], sampling)
+        token.copy_(new)
+        drawn.index_copy_(0, step, new[None])
+        scored.index_copy_(0, step, logprob[None])
+        ended.logical_or_((new[:, None] == eos).any(1))
+        for counter in (step, slots.at, positions):
+            counter += 1
+
+    once()  # by Python: what libraries set up at a first call cannot be captured
+    again = _captured(once) if token.is_cuda and len(uniform) > 1 else once
+    for done in range(1, len(uniform)):
+        if done % CHECK == 0 and 2 * int(ended.sum()) >= len(ended):
+            return drawn[:done], scored[:done], ended
+        again()
+    return drawn, scored, ended
+
+
+def _captured(work: Callable[[], None]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def _uniforms(keys: np.ndarray, positions: range, device: torch.device) -> Tensor:
+    """[positions, rows]"""
+    return torch.from_numpy(streams.uniforms(keys[None], np.array(positions)[:, None])).to(device)
+
+
+def _draw(model: LanguageModel, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return draw(model.logits(hidden), uniform, **how)
+
+
 def _pad_left(prompts: list[list[int]], extra: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -204,13 +338,13 @@ def _pad_left(prompts: list[list[int]], extra: int, device: torch.device) -> tup
     return ids.to(device), mask.to(device), torch.tensor([len(p) for p in prompts], device=device)
 
 
-# Not cuDNN's: it prepares every new shape, so every step, at a cost above the step's own (benchmarks/README.md).
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def _forward(model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+def _forward(
+    model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | _Slots
+) -> Tensor:
     """Last hidden state of the last position, extending the cache."""
-    with sdpa_kernel(_ATTENTION):
+    # Compiled layers would be compiled again for every shape and kind of cache.
+    as_written = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()
+    with sdpa_kernel(ATTENTION), as_written:
         out = model.base(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )

@@ -30,7 +30,7 @@ def score_tokens(model: LanguageModel, batch: Batch, view: View) -> list[Tensor]
         hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
         logprobs, _ = token_logprobs(
             hidden,
-            model.head,
+            model.padded_head,
             micro.targets,
             temperature=view.temperature,
             vocab_size=model.vocab_size,
@@ -44,7 +44,7 @@ def score_tokens(model: LanguageModel, batch: Batch, view: View) -> list[Tensor]
 def hidden_scores(teacher: LanguageModel, micro: MicroBatch) -> HiddenScores:
     """The teacher's distributions on the micro-batch's tokens, as hidden states and LM head (never logits)."""
     return HiddenScores(
-        teacher.hidden(micro.ids, micro.attention_mask)[micro.predicts], teacher.head.to(micro.ids.device)
+        teacher.hidden(micro.ids, micro.attention_mask)[micro.predicts], teacher.padded_head.to(micro.ids.device)
     )
 
 
@@ -56,7 +56,7 @@ def top_k_scores(teacher: LanguageModel, batch: Batch, k: int, view: View) -> Ba
     for micro in micro_batches(batch, max_tokens=view.max_tokens, device=teacher.device):
         hidden = teacher.hidden(micro.ids, micro.attention_mask)[micro.predicts]
         top = [
-            ((chunk @ teacher.head.T).float() / view.temperature).log_softmax(-1).topk(k)
+            (teacher.logits(chunk).float() / view.temperature).log_softmax(-1).topk(k)
             for chunk in hidden.split(view.chunk_tokens)
         ]
         ids.append((micro, torch.cat([t.indices for t in top])))
