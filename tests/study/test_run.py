@@ -265,6 +265,27 @@ def test_results_so_far_leave_out_what_is_not_finished(done: Done, tmp_path: Pat
     assert found["comparisons"][0]["p_adjusted"] >= whole["p_adjusted"], "verdicts may not turn when the rest comes"
 
 
+def test_gap_recovery_is_against_the_arms_own_teacher_or_the_first_trained_one(done: Done, tmp_path: Path):
+    """Scores are written by hand: base student 0, teacher 1, bridge 1/2, direct 1/4, of two samples each."""
+    recipe = load_recipe(done.recipe)
+    graph, store = plan(recipe), Store(tmp_path / "store")
+    shutil.copytree(done.store.root, store.root)
+    teacher, _, distill = graph.arms["bridge"][0]
+    (direct,) = graph.arms["direct"][0]
+    known = {"student": (0, 0, 0, 0), teacher: (1, 1, 1, 0.5), distill: (0.5,) * 4, direct: (0, 0, 0.5, 0.5)}
+    for model, scores in known.items():
+        path = store.path(graph.evals[model, "rows", 0]) / "done.json"
+        outcome = json.loads(path.read_text())
+        outcome["result"]["per_problem"] = dict(zip(outcome["result"]["per_problem"], scores, strict=True))
+        path.write_text(json.dumps(outcome))
+    found = results(recipe, graph, store, tmp_path)["arms"]
+    for arm, share in {"bridge": 0.5 / 0.875, "direct": 0.25 / 0.875}.items():
+        gap = found[arm]["summary"]["rows"]["gap_recovery"]
+        assert gap["value"] == pytest.approx(share) and gap["ci95"][0] < share < gap["ci95"][1]
+        assert gap["teacher"] == "bridge/teacher_rl"
+    assert "gap_recovery" not in results(recipe, graph, store, tmp_path)["models"]["student"]["summary"]["rows"]
+
+
 def test_curves_and_labels_to_match(done: Done, tmp_path: Path):
     recipe = load_recipe(done.recipe, ["pool.budgets=[4, 8]", "comparisons=[{a='bridge', b='direct', margin=0.5}]"])
     found = run(recipe, tmp_path, done.store)

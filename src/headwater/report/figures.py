@@ -310,7 +310,7 @@ def _box(box: Group, x: int, y: int) -> str:
         f'<text class="stage" x="{x + 14}" y="{y + 20}">{escape(_cut(box.stage, 14))} '
         f'<tspan class="method">{escape(_cut(box.method, 10))}</tspan></text>'
         f'<text class="of" x="{x + 14}" y="{y + 38}">{escape(_cut(box.name, 22))}</text>'
-        f'<text class="state" x="{x + 14}" y="{y + 56}">{escape(_cut(state, 28))}</text></g>'
+        f'<text class="state" x="{x + 14}" y="{y + 56}">{escape(_cut(state, 23))}</text></g>'
     )
 
 

@@ -194,23 +194,23 @@ def _styles(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, floa
 
 
 def _recovered(reader: _Reader, endpoint: str, evaluation: str, matrix: np.ndarray) -> dict[str, Any]:
-    """Gap recovery of a student against its own arm's teacher; nothing where there is no gap to speak of."""
+    """Gap recovery of a student against its own arm's trained teacher, or where the arm trained none against that of
+    the first arm that did; nothing where there is no gap to speak of."""
     name, _, stage = endpoint.partition("/")
-    if name not in reader.recipe.variants or stage.startswith("teacher"):
+    recipe = reader.recipe
+    if name not in recipe.variants or stage.startswith("teacher"):
         return {}
-    arm = reader.recipe.arms[reader.recipe.variants[name].arm]
-    if arm.teacher == "none":
+    peers = [other for other, variant in recipe.variants.items() if variant.labels == recipe.variants[name].labels]
+    trained = [
+        f"{arm}/{reader.stages(arm)[0]}" for arm in (name, *peers) if reader.stages(arm)[0].startswith("teacher")
+    ]
+    if not trained or not (reader.is_finished(trained[0]) and reader.is_finished("base student")):
         return {}
-    trained = f"{name}/{reader.stages(name)[0]}"
-    teacher = trained if trained.endswith(("/teacher_rl", "/teacher_sft")) else f"base {arm.teacher_model}"
-    if teacher == "base student" or not (reader.is_finished(teacher) and reader.is_finished("base student")):
-        return {}
-    base = reader.scores("base student", evaluation)
     try:
-        found = gap_recovery(matrix, base, reader.scores(teacher, evaluation))
+        found = gap_recovery(matrix, reader.scores("base student", evaluation), reader.scores(trained[0], evaluation))
     except ValueError:
         return {}
-    return {"gap_recovery": {"value": found.value, "ci95": list(found.ci95)}}
+    return {"gap_recovery": {"value": found.value, "ci95": list(found.ci95), "teacher": trained[0]}}
 
 
 def _comparisons(reader: _Reader) -> list[dict[str, Any]]:
