@@ -65,7 +65,7 @@ class _Reader:
         """avg@k as [seeds, problems] of an arm, `ARM/STAGE` or `base MODEL`."""
         seeds = self.recipe.seeds
         rows = [self.result(self.model(endpoint, seed), evaluation, seed)["per_problem"] for seed in seeds]
-        return np.array([list(row.values()) for row in rows])
+        return np.array([list(row.values()) for row in rows], dtype=float)
 
     def model(self, endpoint: str, seed: int) -> str:
         """The name under which the graph's evaluations know an endpoint."""
