@@ -119,6 +119,7 @@ def open_model(ref: ModelRef, store: Store, execution: Execution, *, trained: bo
         trained=trained,
         checkpoint_activations=trained and execution.gradient_checkpointing,
         spread=not trained and execution.spread_teacher,
+        compile=execution.compile,
     )
 
 

@@ -25,7 +25,15 @@ from headwater.study.graph import Graph, plan
 from headwater.study.results import results
 
 COPIED = ("spec.json", "done.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "ledger.jsonl", "error.txt")
-ROUNDING = ("device", "threads", "micro_batch_tokens", "sampler_tokens", "chunk_tokens", "gradient_checkpointing")
+ROUNDING = (
+    "device",
+    "threads",
+    "micro_batch_tokens",
+    "sampler_tokens",
+    "chunk_tokens",
+    "gradient_checkpointing",
+    "compile",
+)
 """Keys of `[execution]` on which the order of sums depends."""
 REFRESH_S, RESULTS_S = 3.0, 15.0
 """How old copies of a running node's files, and the results so far, may grow while a study runs."""
@@ -166,7 +174,7 @@ def executed_otherwise(jobs: dict[str, Job], store: Store) -> dict[str, list[str
     for key, job in jobs.items():
         if job.spec.kind == "stage" and store.is_done(key):
             then, now = store.outcome(key)["execution"], job.execution.model_dump(mode="json")
-            if names := [name for name in ROUNDING if then.get(name) != now[name]]:
+            if names := [name for name in ROUNDING if then.get(name, now[name]) != now[name]]:
                 out[key] = names
     return out
 
