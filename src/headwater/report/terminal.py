@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
+from headwater import spec
 from headwater.config import Recipe, arm_stages
 from headwater.spec import StageSpec
 from headwater.store import Store
-from headwater.study.executors import Event
+from headwater.study.executors import Event, holder
+from headwater.study.forecast import Forecast, forecast
 from headwater.study.graph import Graph, most_reveals
 from headwater.study.run import executed_otherwise, to_jobs
 
@@ -73,6 +79,8 @@ class Progress:
             self.tasks[event.key] = self.bars.add_task(title, total=None, note="")
         elif event.kind == "step":
             self._step(event, title)
+        elif event.kind == "waiting":
+            self.console.print(f"waiting for {title}: {event.error} is at work on it", markup=False)
         elif event.kind in ("done", "failed"):
             self.done += event.kind == "done"
             seconds = time.monotonic() - self.started.get(event.key, time.monotonic())
@@ -98,31 +106,121 @@ def _short(value: float) -> str:
 
 
 def dry_run(console: Console, recipe: Recipe, graph: Graph, store: Store) -> None:
-    """The graph, what is done, and the most labels every arm can reveal."""
+    """What a run would do: the graph of its stages, what is done, the most labels each arm reveals, what it will
+    cost."""
     console.print(f"{recipe.name}: {recipe.note.strip()}", markup=False)
-    for name, model in recipe.models.items():
-        console.print(f"  {name}: {model.source} ({model.dtype}, template {model.template}, thinking {model.thinking})")
-    table = Table("arm", "stages (first seed)", "labels", "reveals at most", title="arms")
-    for name, arm in recipe.arms.items():
-        keys = graph.arms[name][recipe.seeds[0]]
-        marks = [f"{s} {k[:8]} {_state(store, k)}" for s, k in zip(arm_stages(arm), keys, strict=True)]
-        labels = recipe.pool.labels if most_reveals(recipe, name, arm) else 0
-        table.add_row(name, "\n".join(marks), str(labels), str(most_reveals(recipe, name, arm)))
+    states = {key: state(store, key) for key in graph.nodes}
+    costs = forecast(graph, store)
+    console.print(_tree(recipe, graph, states))
+    console.print(_costs(recipe, graph, costs))
+    table = Table("arm", "stages", "labels", "reveals at most", title="arms, a seed")
+    for name, variant in recipe.variants.items():
+        reveals = most_reveals(recipe, name)
+        shown = "until its FLOPs are spent" if reveals is None else f"{reveals:,}"
+        labels = f"{variant.labels if reveals != 0 else 0:,}"
+        table.add_row(name, " > ".join(arm_stages(recipe.arms[variant.arm])) or "-", labels, shown)
     console.print(table)
     for line in graph.unchecked:
         console.print(f"not checked here: {line}", markup=False)
-    todo = [key for key in graph.nodes if not store.is_done(key)]
+    todo = [key for key in graph.nodes if states[key] != "done"]
     stages = sum(isinstance(graph.nodes[key], StageSpec) for key in todo)
+    sharing = graph.requested / max(1, len(graph.stages))
     console.print(
         f"{len(graph.nodes)} nodes over {len(recipe.seeds)} seeds; to do: {stages} stages and {len(todo) - stages} "
-        f"evaluations; {len(graph.stages)} distinct stages serve {graph.requested} asked for by the arms"
+        f"evaluations; {len(graph.stages)} distinct stages serve {graph.requested} asked for by the arms "
+        f"(sharing ratio {sharing:.2f})"
     )
+    console.print(_time_left(recipe, graph, {key: costs[key] for key in todo}), markup=False)
 
 
-def _state(store: Store, key: str) -> str:
+def state(store: Store, key: str) -> str:
+    """`done`, `running` (another process holds it), `begun` (and stopped) or `to do`."""
     if store.is_done(key):
         return "done"
-    return "begun" if (store.path(key) / "checkpoints").exists() else "to do"
+    if holder(store.path(key)):
+        return "running"
+    return "begun" if (store.path(key) / "spec.json").exists() else "to do"
+
+
+def _tree(recipe: Recipe, graph: Graph, states: dict[str, str]) -> Tree:
+    """Weights from the base models down, every stage of the first seed once; states are over all seeds."""
+    first = recipe.seeds[0]
+    over_seeds: dict[str, set[str]] = {}
+    ends: dict[str, list[str]] = {}
+    through: dict[str, list[str]] = {}
+    for name, by_seed in graph.arms.items():
+        for place, key in enumerate(by_seed[first]):
+            over_seeds.setdefault(key, set()).update(stages[place] for stages in by_seed.values())
+            is_last = place + 1 == len(by_seed[first])
+            (ends if is_last else through).setdefault(key, []).append(name)
+    tree = Tree(f"stages of seed {first}, states over {len(recipe.seeds)} seeds")
+    bases = {
+        name: graph.nodes[graph.evals[name, next(iter(recipe.evaluations)), first]].start for name in recipe.models
+    }
+    branches: dict[str, Tree] = {}
+    for name, ref in bases.items():
+        model = f"base {name}: {ref.config.source} ({ref.config.dtype}, template {ref.config.template})"
+        branches[spec.digest(ref.model_dump())] = tree.add(Text(model))
+    for key in over_seeds:
+        node = graph.nodes[key]
+        assert isinstance(node, StageSpec)
+        counts = Counter(states[k] for k in over_seeds[key])
+        shown = ", ".join(s if len(counts) == 1 else f"{n} {s}" for s, n in sorted(counts.items()))
+        teacher = (
+            f", taught by {node.teacher.stage[:8] if node.teacher.stage else 'a base model'}" if node.teacher else ""
+        )
+        arms = [f"{word} {_few(names[key])}" for word, names in (("ends", ends), ("serves", through)) if key in names]
+        text = f"{graph.names[key]} ({node.label}) {key[:8]}{teacher} [{shown}] {'; '.join(arms)}"
+        under = node.start.stage or spec.digest(node.start.model_dump())
+        branches[key] = branches[under].add(Text(text))
+    return tree
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def _costs(recipe: Recipe, graph: Graph, costs: dict[str, Forecast]) -> Table:
+    """One row for every distinct stage of the first seed, and for every evaluation of a model."""
+    table = Table(
+        "node", "key", "tokens at most", "FLOPs at most", "seconds", "rests on",
+        title="cost of one node (completion tokens; prompts come on top)",
+    )  # fmt: skip
+    seen: set[tuple[str, Forecast]] = set()
+    for key, node in graph.nodes.items():
+        cost, is_stage = costs[key], isinstance(node, StageSpec)
+        if node.seed != recipe.seeds[0] or (not is_stage and (graph.names[key], cost) in seen):
+            continue
+        seen.add((graph.names[key], cost))
+        table.add_row(
+            graph.names[key] if is_stage else f"evaluation {graph.names[key]}",
+            key[:8] if is_stage else "",
+            "by FLOPs" if cost.tokens is None else f"{cost.tokens:,}",
+            "not known" if cost.flops is None else f"{cost.flops:.2g}",
+            "not known" if cost.seconds is None else f"{cost.seconds:,.1f}",
+            f"{cost.rests_on} finished" if cost.rests_on else "none finished here yet",
+        )
+    return table
+
+
+def _time_left(recipe: Recipe, graph: Graph, costs: dict[str, Forecast]) -> str:
+    """What is still to do, in core-hours and in hours on the executor's processes."""
+    if not costs:
+        return "nothing is left to do"
+    execution = recipe.execution
+    count = int(execution.executor.partition(":")[2] or 1)
+    threads = execution.threads or (os.cpu_count() or 1 if execution.executor == "inline" else 1)
+    seconds = [cost.seconds for cost in costs.values() if cost.seconds is not None]
+    missing = Counter(graph.nodes[key].label for key, cost in costs.items() if cost.seconds is None)
+    lacking = ", ".join(f"{n} {label}" for label, n in missing.items())
+    if not seconds:
+        return f"time to do: not known: none finished here yet ({lacking})"
+    hours = sum(seconds) / 3600
+    text = (
+        f"time to do: {hours * threads:.2g} core-hours, {hours / min(count, len(costs)):.2g} h on {execution.executor} "
+        f"when all its {count} processes are busy"
+    )
+    return text + (f"; without {lacking}: not known, none finished here yet" if missing else "")
 
 
 def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: Path) -> None:
