@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwater.config import ModelConfig
@@ -73,8 +72,11 @@ class LanguageModel:
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        with sdpa_kernel(ATTENTION) if ids.is_cuda else nullcontext():
-            out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+        if ids.is_cuda:
+            # For good, and not in a context: activation checkpointing runs the layers again after this has returned,
+            # and must meet the same kernels.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
         return out.to(ids.device)
 
     @property
