@@ -200,6 +200,17 @@ def test_labels_to_match_inverts_the_paired_test():
         assert (edge if right else there.value) == pytest.approx(0.0, abs=0.002)  # a grid step moves the mean by 0.0016
 
 
+def test_a_noisy_budget_below_does_not_undo_what_a_larger_one_shows():
+    """The target beats the curve at 256 labels for certain; that 16 labels are too noisy to tell is then no matter."""
+    rng = np.random.default_rng(9)
+    target = 0.5 + rng.normal(0, 0.1, (3, 100))
+    noisy = 0.3 + rng.normal(0, 0.5, (3, 1)) + rng.normal(0, 0.1, (3, 100))
+    curve = [noisy, 0.35 + rng.normal(0, 0.1, (3, 100)), 0.4 + rng.normal(0, 0.1, (3, 100))]
+    low, high = paired_difference(target, noisy).ci95
+    assert low < 0 < high
+    assert labels_to_match(BUDGETS, curve, target) == Match(None, 256.0, None)
+
+
 def test_labels_to_match_says_which_end_is_open():
     rng = np.random.default_rng(8)
     curve = [mean + rng.normal(0, 0.1, (3, 50)) for mean in (0.2, 0.4, 0.6)]

@@ -157,9 +157,11 @@ def labels_to_match(budgets: Sequence[int], curve: Sequence[Matrix], target: Mat
     """Number of labels at which a baseline's curve has the target's mean, with a 95 % confidence set.
 
     `curve` holds the baseline's scores at each budget, paired with the target's by seed and problem; between budgets
-    the matrices are interpolated linearly in log(labels). `value` is the smallest number of labels with equal means.
-    The set is every number of labels whose `paired_difference` from the target has an interval that contains 0 (test
-    inversion, on a grid of 256 log steps). A curve that is not monotone may give a set with gaps: `Match` has its hull.
+    the matrices are interpolated linearly in log(labels), on a grid of 256 steps. More labels are taken not to hurt:
+    the set begins after the last number of labels at which the target's `paired_difference` interval lies above 0, and
+    ends before the first at which it lies below 0. Where these contradict each other, the curve falls, and the set is
+    the hull of all numbers of labels whose interval contains 0. `value` is the fewest labels in the set with equal
+    means.
     Raises ValueError unless there are two or more positive, rising budgets with a matrix each of the target's shape.
     """
     if len(budgets) < 2 or budgets[0] < 1 or any(a >= b for a, b in pairwise(budgets)) or len(curve) != len(budgets):
@@ -172,13 +174,21 @@ def labels_to_match(budgets: Sequence[int], curve: Sequence[Matrix], target: Mat
     crossings = _crossings(logs, np.array([paired_difference(scores, target).value for scores in curve]))
     grid = np.unique(np.concatenate([np.linspace(logs[0], logs[-1], 257), logs, crossings]))
     differences = [paired_difference(target, _interpolate(logs, curve, at)) for at in grid]
-    inside = np.array([d.ci95[0] <= 0 <= d.ci95[1] for d in differences]) | np.isin(grid, crossings)
-    value = float(np.exp(crossings[0])) if len(crossings) else None
-    if not inside.any():
-        above = differences[0].value > 0
-        return Match(value, low=float(budgets[-1]) if above else None, high=None if above else float(budgets[0]))
-    low = None if inside[0] else float(np.exp(grid[inside][0]))
-    return Match(value, low, None if inside[-1] else float(np.exp(grid[inside][-1])))
+    equal = np.isin(grid, crossings)
+    above = np.array([d.ci95[0] > 0 for d in differences]) & ~equal
+    below = np.array([d.ci95[1] < 0 for d in differences]) & ~equal
+    first = int(np.flatnonzero(above).max(initial=-1)) + 1
+    last = int(np.flatnonzero(below).min(initial=len(grid))) - 1
+    if first > last + 1:
+        inside = np.flatnonzero(~above & ~below)
+        first, last = int(inside[0]), int(inside[-1])
+    if first == len(grid):
+        return Match(None, low=float(budgets[-1]), high=None)
+    if last == -1:
+        return Match(None, low=None, high=float(budgets[0]))
+    values = [float(np.exp(at)) for at in crossings if grid[first] <= at <= grid[last]]
+    low = float(np.exp(grid[first])) if first > 0 else None
+    return Match(values[0] if values else None, low, float(np.exp(grid[last])) if last < len(grid) - 1 else None)
 
 
 def _crossings(logs: Float[np.ndarray, " budgets"], gaps: Float[np.ndarray, " budgets"]) -> Float[np.ndarray, " _"]:
