@@ -220,21 +220,30 @@ def test_evaluating_during_training_changes_nothing(done: Done, tmp_path: Path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_failed_node_costs_only_itself(mini: Path, tmp_path: Path):
-    """The message names the node, what was done stays done, and the next run goes on."""
+@pytest.mark.parametrize("executor", ["inline", "local:2"])
+def test_a_failed_node_costs_only_itself_and_what_needs_it(mini: Path, tmp_path: Path, executor: str):
+    """All others are run, the message names the node, there are results so far, and the next run goes on."""
     store = Store(tmp_path / "store")
-    recipe = load_recipe(mini)
+    recipe = load_recipe(mini, ["arms.raw={preset='raw'}", f"execution.executor={executor}"])
     graph = plan(recipe)
-    warmup = graph.arms["bridge"][0][1]
+    _, warmup, _ = bridge = graph.arms["bridge"][0]
     store.path(warmup).mkdir(parents=True)
     (store.path(warmup) / "rollouts.jsonl").write_text("torn")
-    with pytest.raises(ValueError, match=f"warmup {warmup}"):
-        run(recipe, tmp_path / "out", store)
+    events: list[Event] = []
+    # Needs it: two stages of "finished", the last of "bridge" among them, and the evaluations of the three.
+    with pytest.raises(ValueError, match=f"warmup {warmup}.*; 5 nodes that need it were not run"):
+        run(recipe, tmp_path / "out", store, on_event=events.append)
+    assert [e.key for e in events if e.kind == "failed"] == [warmup]
     assert "Traceback" in (store.path(warmup) / "error.txt").read_text()
-    assert store.is_done(graph.arms["direct"][0][0]) and store.is_done(graph.arms["bridge"][0][0])
+    lost = {*graph.arms["finished"][0][1:]} | {graph.evals[key, "rows", 0] for key in graph.arms["finished"][0][1:]}
+    assert {key for key in graph.nodes if not store.is_done(key)} == lost and store.is_done(bridge[0])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(found["arms"]) == {"direct", "raw"} and not found["complete"]
+    assert (tmp_path / "out" / "nodes" / warmup / "error.txt").exists()
     (store.path(warmup) / "rollouts.jsonl").unlink()
-    assert set(run(recipe, tmp_path / "out", store)["arms"]) == {"direct", "bridge", "finished"}
+    assert set(run(recipe, tmp_path / "out", store)["arms"]) == {"direct", "bridge", "finished", "raw"}
     assert not (store.path(warmup) / "error.txt").exists()
+    assert not (tmp_path / "out" / "nodes" / warmup / "error.txt").exists()
 
 
 def test_the_run_directory_tells_what_happened(done: Done):

@@ -52,7 +52,8 @@ class NodeFailed(RuntimeError):
 def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: OnEvent) -> None:
     """Run all nodes that are not done, parents first; one that another study is at work on is waited for.
 
-    When one fails, raises once the others at work have ended: ValueError for what the user can mend, else NodeFailed.
+    One that fails takes only those with it that need it; the error is raised when all the others are done: ValueError
+    for what the user can mend, else NodeFailed.
     Raises BlockingIOError naming the process when these very nodes are being run already.
     """
     waiting = {key: job for key, job in jobs.items() if not store.is_done(key)}
@@ -98,6 +99,7 @@ def _only_once(jobs: Iterable[str], store: Store) -> Iterator[None]:
 
 def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
     told: set[str] = set()
+    failures: list[Exception] = []
     while waiting:
         if (key := next(_ready(waiting, store), None)) is None:
             _wait(waiting, store, on_event, told)
@@ -113,8 +115,13 @@ def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
         except Exception as error:
             event = Event("failed", key, error=failure(job, error), mendable=isinstance(error, ValueError))
             on_event(event)
-            raise _raised(event) from error
+            raised = _raised(event, _drop_heirs(waiting, key))
+            raised.__cause__ = error
+            failures.append(raised)
+            continue
         on_event(Event("done", key))
+    if failures:
+        raise failures[0]
 
 
 def failure(job: Job, error: Exception) -> str:
@@ -123,8 +130,19 @@ def failure(job: Job, error: Exception) -> str:
     return f"{job.spec.label} {spec.key(job.spec)}: {error}{where}"
 
 
-def _raised(event: Event) -> ValueError | NodeFailed:
-    return (ValueError if event.mendable else NodeFailed)(event.error)
+def _raised(event: Event, heirs: int) -> ValueError | NodeFailed:
+    text = event.error + (f"; {heirs} nodes that need it were not run" if heirs else "")
+    return (ValueError if event.mendable else NodeFailed)(text)
+
+
+def _drop_heirs(waiting: dict[str, Job], failed: str) -> int:
+    """Take what cannot be run without a failed node out of `waiting`, which holds parents first; how many."""
+    gone = {failed}
+    for key in list(waiting):
+        if gone & set(spec.parents(waiting[key].spec)):
+            gone.add(key)
+            del waiting[key]
+    return len(gone) - 1
 
 
 class _Worker:
@@ -169,17 +187,17 @@ class _Worker:
 
 def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int) -> None:
     workers: list[_Worker] = []
-    failures: list[Event] = []
+    failures: list[Exception] = []
     told: set[str] = set()
     try:
         with selectors.DefaultSelector() as selector:
             while True:
-                if not failures:
-                    _assign(waiting, store, on_event, count, workers, selector)
+                _assign(waiting, store, on_event, count, workers, selector)
                 if any(w.key for w in workers):
                     for selected, _ in selector.select():
-                        failures += _listen(selected.data, on_event, workers, selector)
-                elif waiting and not failures:
+                        for event in _listen(selected.data, on_event, workers, selector):
+                            failures.append(_raised(event, _drop_heirs(waiting, event.key)))
+                elif waiting:
                     _wait(waiting, store, on_event, told)
                 else:
                     break
@@ -188,7 +206,7 @@ def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int)
             worker.process.kill()
             worker.process.wait()
     if failures:
-        raise _raised(failures[0])
+        raise failures[0]
 
 
 def _assign(
