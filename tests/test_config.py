@@ -50,7 +50,7 @@ def test_everything_round_trips(tmp_path: Path):
         "stages.distill.divergence=jsd",
         "stages.distill.beta=0.25",
         "pool.unlabelled=64",
-        'arms.extra={teacher="rl", bridge="full", prompts="unlabelled", overrides={distill={optimizer={lr=1e-5}}}}',
+        'arms.extra={teacher="rl", bridge="full", prompts="unlabelled", overrides={distill={optimizer={lr=3e-5}}}}',
         'models.student.stop_tokens=["a", "b"]',
         'evaluations.other={task={name="chains", seed=7}, problems=8, samples=1, max_new_tokens=8, temperature=0}',
     ]
@@ -59,7 +59,7 @@ def test_everything_round_trips(tmp_path: Path):
     again = load_recipe(tmp_path / "recipe.toml")
     assert again == recipe
     settings = again.settings("extra", "distill")
-    assert isinstance(settings, Distill) and (settings.optimizer.lr, settings.beta) == (1e-5, 0.25)
+    assert isinstance(settings, Distill) and (settings.optimizer.lr, settings.beta) == (3e-5, 0.25)
     claim(again, tmp_path)
     assert load_recipe(tmp_path / "recipe.toml") == recipe
 
@@ -112,6 +112,11 @@ def test_refusals_name_the_key_the_value_and_the_choice(change: str, parts: list
         ("arms.lone={teacher='rl', bridge='sft'}", r"arm 'lone' needs \[stages.sft\]"),
         ("arms.direct.overrides.warmup.steps=3", "overrides 'warmup', which it does not run: it runs"),
         ("arms.direct.bridge=full", "a teacher if and only if it has a bridge"),
+        ("arms.x={preset='opd-long', overrides={distill={steps=3}}}", "set the steps of distill"),
+        ("arms.direct={preset='direct-matched', overrides={student_rl={steps=3}}}", "set the steps of student_rl"),
+        ("arms.direct.overrides.student_rl.optimizer.lr=7e-4", r"arm 'direct': \[stages.student_rl\] has lr = 0.0007"),
+        ("tuning.split=test", "'test' is trained or evaluated on"),
+        ("tuning.split=train", "'train' is trained or evaluated on"),
         ("arms.direct.teacher_model=student", "no effect in an arm without a teacher"),
         ("arms.bridge.teacher_model=larger", r"needs \[models.larger\]"),
         ("arms.bridge.updates=bridge", "bridges of one stage; 'full' is not one"),
@@ -257,6 +262,8 @@ def test_every_preset_is_an_arm_and_its_own_keys_win():
         assert arm_stages(arm)[-1] in ("distill", "warmup", "sft", "joint", "student_rl"), name
         assert Arm.model_validate(arm.model_dump()) == arm, "the resolved axes alone say the same"
     assert Arm.model_validate({"preset": "bridge", "finish": "fresh"}) == Arm.model_validate({"preset": "fresh"})
+    wrong = Arm.model_validate({"preset": "warmup-wrong", "overrides": {"warmup": {"rollouts_per_problem": 24}}})
+    assert wrong.overrides == {"warmup": {"keep": "wrong", "rollouts_per_problem": 24}}
     raw, rl = (Arm.model_validate({"preset": name}) for name in ("raw-grpo", "bridge-grpo"))
     assert arm_stages(raw) == ["warmup", "distill", "student_rl"] and arm_stages(rl) == ["teacher_rl", *arm_stages(raw)]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from headwater.methods import Frozen
+from headwater.overrides import merge
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 StageName = Literal["teacher_rl", "teacher_sft", "warmup", "distill", "sft", "joint", "student_rl"]
@@ -62,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "joint": {"teacher": "rl", "bridge": "joint"},
     "direct-matched": {"finish": "full", "match_flops": "bridge"},
 }
-"""Presets by name: what `preset = "NAME"` in an arm stands for. Keys beside `preset` win."""
+"""Presets by name: what `preset = "NAME"` in an arm stands for. Keys beside `preset` win; overrides are merged."""
 
 
 class Arm(Frozen):
@@ -97,7 +98,7 @@ class Arm(Frozen):
         name = given["preset"]
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
-        return {**PRESETS[name], **{key: value for key, value in given.items() if key != "preset"}}
+        return merge(PRESETS[name], {key: value for key, value in given.items() if key != "preset"})
 
     @model_validator(mode="after")
     def _chain(self) -> Arm:
@@ -117,6 +118,11 @@ class Arm(Frozen):
             raise ValueError(f"updates = 'bridge' is for bridges of one stage; {self.bridge!r} is not one")
         if self.match_flops is not None and self.bridge != "none":
             raise ValueError("match_flops is for direct GRPO (bridge = 'none')")
+        for stage, changes in self.overrides.items():
+            if "steps" in changes and (
+                self.match_flops or (self.updates == "bridge" and stage in BRIDGES[self.bridge])
+            ):
+                raise ValueError(f"match_flops and updates = 'bridge' set the steps of {stage}: remove them or steps")
         return self
 
     @property

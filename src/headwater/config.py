@@ -238,12 +238,13 @@ class Recipe(Frozen):
         sft = settings.get("teacher_sft")
         if isinstance(sft, SFT) and sft.tokens != "solutions":
             raise ValueError("[stages.teacher_sft] has no teacher to sample from: set tokens = 'solutions'")
+        student_sft = settings.get("sft")
+        if isinstance(student_sft, SFT) and student_sft.tokens == "solutions" and arm.teacher in ("rl", "sft"):
+            raise ValueError(f"arm {name!r} trains a teacher that tokens = 'solutions' never asks: teacher = 'raw'")
         if arm.match_flops is not None:
             other = self.arms.get(arm.match_flops)
             if other is None or other.match_flops is not None:
-                raise ValueError(
-                    f"arm {name!r}: match_flops = {arm.match_flops!r} must name an arm, not a matched one"
-                )
+                raise ValueError(f"arm {name!r}: match_flops = {arm.match_flops!r} must name an arm, not a matched one")
             if settings["student_rl"].optimizer.schedule != "constant":
                 raise ValueError(
                     f"arm {name!r}: match_flops needs schedule = 'constant', since its steps are not known"
@@ -271,12 +272,19 @@ class Recipe(Frozen):
             return
         if shared := sorted(set(self.tuning.seeds) & set(self.seeds)):
             raise ValueError(f"seeds {shared} are both in tuning.seeds and in seeds: tune on other seeds")
-        for name, settings in self.stages.items():
-            if settings.optimizer.lr not in self.tuning.lr:
-                raise ValueError(
-                    f"[stages.{name}] has lr = {settings.optimizer.lr}, which is not in tuning.lr = "
-                    f"{list(self.tuning.lr)}: all stages are tuned over one grid"
-                )
+        evaluated = {e.split for e in self.evaluations.values() if e.task in (None, self.task)}
+        if self.tuning.split in {"train", "unlabelled"} | evaluated:
+            raise ValueError(
+                f"tuning.split = {self.tuning.split!r} is trained or evaluated on: tune on a split of its own"
+            )
+        for name, arm in self.arms.items():
+            for stage in arm_stages(arm):
+                lr = self.settings(name, stage).optimizer.lr
+                if lr not in self.tuning.lr:
+                    raise ValueError(
+                        f"arm {name!r}: [stages.{stage}] has lr = {lr}, which is not in tuning.lr = "
+                        f"{list(self.tuning.lr)}: all stages are tuned over one grid"
+                    )
 
     @property
     def variants(self) -> dict[str, Variant]:

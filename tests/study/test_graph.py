@@ -222,7 +222,9 @@ def test_filters_are_labelled_and_worked_solutions_have_no_teacher(mini: Path):
     arms = "arms.sft={teacher='rl', bridge='sft'}"
     plain = stages(planned(mini, sft, arms)[1], "sft")[1]
     filtered = stages(planned(mini, sft, arms, "stages.sft.keep=correct")[1], "sft")[1]
-    solutions = stages(planned(mini, sft, arms, "stages.sft.tokens=solutions")[1], "sft")[1]
+    (solutions,) = stages(planned(mini, sft, arms, "stages.sft.tokens=solutions", "arms.sft.teacher=raw")[1], "sft")
+    with pytest.raises(ValueError, match="arm 'sft' trains a teacher that tokens = 'solutions' never asks"):
+        planned(mini, sft, arms, "stages.sft.tokens=solutions")
     assert (plain.problems.labelled, plain.grader) == (False, None) and plain.teacher is not None
     assert filtered.problems.labelled and filtered.grader is not None and filtered.teacher is not None
     assert solutions.problems.labelled and solutions.teacher is None

@@ -80,6 +80,8 @@ class Progress:
         elif event.kind == "step":
             self._step(event, title)
         elif event.kind == "waiting":
+            if event.key in self.tasks:
+                self.bars.remove_task(self.tasks.pop(event.key))
             self.console.print(f"waiting for {title}: {event.error} is at work on it", markup=False)
         elif event.kind in ("done", "failed"):
             self.done += event.kind == "done"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from headwater import assets, spec
+from headwater.checkpoint import write_atomically
 from headwater.config import GRPO, SFT, Distill, Execution, Joint, Warmup
 from headwater.evals.evaluate import evaluate
 from headwater.grading.pool import GraderPool
@@ -70,7 +71,7 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
             return
         _check_device(job.execution.device)
         set_deterministic(job.execution.threads)
-        (directory / "spec.json").write_text(job.to_json(), encoding="utf-8")
+        write_atomically(directory / "spec.json", job.to_json())
         outcome = {"key": key, "label": job.spec.label, "execution": job.execution.model_dump(mode="json")}
         outcome["environment"] = environment()
         notes = directory / "error.txt"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import IO
 
 from headwater import spec
 from headwater.config import Execution
-from headwater.run import lease
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
 
@@ -54,19 +52,15 @@ def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: 
 
     One that fails takes only those with it that need it; the error is raised when all the others are done: ValueError
     for what the user can mend, else NodeFailed.
-    Raises BlockingIOError naming the process when these very nodes are being run already.
     """
     waiting = {key: job for key, job in jobs.items() if not store.is_done(key)}
     if not waiting:
         return
-    with _only_once(jobs, store):
-        # Another process may have finished some in between.
-        waiting = {key: job for key, job in waiting.items() if not store.is_done(key)}
-        name, _, count = execution.executor.partition(":")
-        if name == "inline":
-            _inline(waiting, store, on_event)
-        else:
-            _local(waiting, store, on_event, int(count))
+    name, _, count = execution.executor.partition(":")
+    if name == "inline":
+        _inline(waiting, store, on_event)
+    else:
+        _local(waiting, store, on_event, int(count))
 
 
 def holder(directory: Path) -> str | None:
@@ -80,21 +74,6 @@ def holder(directory: Path) -> str | None:
     except FileNotFoundError:
         pass
     return None
-
-
-@contextmanager
-def _only_once(jobs: Iterable[str], store: Store) -> Iterator[None]:
-    """Two commands at one study would take nodes from each other and write one run directory."""
-    directory = store.root / "studies" / hashlib.sha256("".join(sorted(jobs)).encode()).hexdigest()[:20]
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lease(directory))
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"this study is being run by {holder(directory) or 'another process'}: wait until it ends or stop it; "
-                "then the same command goes on"
-            ) from None
-        yield
 
 
 def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
@@ -112,6 +91,9 @@ def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
 
         try:
             run_node(job, store, on_log=on_log)
+        except BlockingIOError:
+            _give_back(key, job, waiting, on_event)
+            continue
         except Exception as error:
             event = Event("failed", key, error=failure(job, error), mendable=isinstance(error, ValueError))
             on_event(event)
@@ -122,6 +104,12 @@ def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
         on_event(Event("done", key))
     if failures:
         raise failures[0]
+
+
+def _give_back(key: str, job: Job, waiting: dict[str, Job], on_event: OnEvent) -> None:
+    """Another study took the node between the look at its lease and this start: wait for it like for any other."""
+    on_event(Event("waiting", key, error="another process"))
+    waiting[key] = job
 
 
 def failure(job: Job, error: Exception) -> str:
@@ -157,6 +145,7 @@ class _Worker:
             env=environment,
         )
         self.key: str | None = None
+        self.job: Job | None = None
         self.buffer = b""
 
     @property
@@ -170,7 +159,7 @@ class _Worker:
 
     def give(self, key: str, job: Job) -> None:
         assert self.process.stdin
-        self.key = key
+        self.key, self.job = key, job
         # One that died this instant is found out by `read`.
         with suppress(BrokenPipeError):
             self.process.stdin.write(job.to_json().encode() + b"\n")
@@ -195,7 +184,7 @@ def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int)
                 _assign(waiting, store, on_event, count, workers, selector)
                 if any(w.key for w in workers):
                     for selected, _ in selector.select():
-                        for event in _listen(selected.data, on_event, workers, selector):
+                        for event in _listen(selected.data, on_event, workers, selector, waiting):
                             failures.append(_raised(event, _drop_heirs(waiting, event.key)))
                 elif waiting:
                     _wait(waiting, store, on_event, told)
@@ -230,7 +219,11 @@ def _assign(
 
 
 def _listen(
-    worker: _Worker, on_event: OnEvent, workers: list[_Worker], selector: selectors.BaseSelector
+    worker: _Worker,
+    on_event: OnEvent,
+    workers: list[_Worker],
+    selector: selectors.BaseSelector,
+    waiting: dict[str, Job],
 ) -> list[Event]:
     """Pass on what a worker says; the failures among it. One that is gone leaves, with its node when it had one."""
     events = worker.read()
@@ -240,9 +233,13 @@ def _listen(
         text = f"its process ended with code {worker.process.returncode} (killed for memory?)"
         events = [Event("failed", worker.key, error=text)] if worker.key else []
     for event in events:
-        on_event(event)
-        if event.kind in ("done", "failed"):
-            worker.key = None
+        if event.kind == "busy":
+            assert worker.job is not None
+            _give_back(event.key, worker.job, waiting, on_event)
+        else:
+            on_event(event)
+        if event.kind in ("done", "failed", "busy"):
+            worker.key = worker.job = None
     return [event for event in events if event.kind == "failed"]
 
 

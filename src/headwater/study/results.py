@@ -90,22 +90,23 @@ class _Reader:
 def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, Any]:
     """The contents of `results.json` (schema 1); writes the per-problem files that it names under `out/evals`.
 
-    What is not finished on every seed is left out, and `complete` is false. An arm's labels are the union over its
-    stages; its cost adds them up, whoever else shares them. `study` counts every stage once.
+    What is not finished on every seed is left out, and `complete` is false; curves come when all is done. An arm's
+    labels are the union over its stages; its cost adds them up, whoever else shares them. `study` counts every stage
+    once.
     """
     (out / "evals").mkdir(parents=True, exist_ok=True)
     reader = _Reader(recipe, graph, store, out)
     finished = [name for name in graph.arms if reader.is_finished(name)]
     stages = [key for key in graph.stages if store.is_done(key)]
-    curves = _curves(reader, finished)
+    complete = all(map(store.is_done, graph.nodes))
     return {
         "schema": 1,
         "recipe": recipe.name,
-        "complete": all(map(store.is_done, graph.nodes)),
+        "complete": complete,
         "models": _models(reader),
         "arms": {name: _arm(reader, name) for name in finished},
         "comparisons": _comparisons(reader),
-        **curves,
+        **(_curves(reader) if complete else {}),
         "study": {
             "labels": reader.labels(stages),
             "cost": reader.cost(stages),
@@ -227,7 +228,7 @@ def _comparisons(reader: _Reader) -> list[dict[str, Any]]:
             if pair.margin is not None:
                 row |= {"margin": pair.margin, "outcome": noninferior(estimate, pair.margin).outcome}
             rows.append(row)
-    # Those not finished yet count as p = 1, so that no verdict of a partial table turns when they come.
+    # Those not finished yet count as p = 1, so that no `better` of a partial table is withdrawn when they come.
     adjusted = holm([e.p_value for e in estimates] + [1.0] * (declared - len(estimates)))
     for row, estimate, p in zip(rows, estimates, adjusted, strict=False):
         row |= {"ci95": list(estimate.ci95), "p_adjusted": p, "num_seeds": estimate.num_seeds, "over": estimate.over}
@@ -235,13 +236,13 @@ def _comparisons(reader: _Reader) -> list[dict[str, Any]]:
     return rows
 
 
-def _curves(reader: _Reader, finished: list[str]) -> dict[str, Any]:
+def _curves(reader: _Reader) -> dict[str, Any]:
     """Accuracy against labels of every arm, and how many labels direct GRPO needs to match each of the others."""
     recipe = reader.recipe
     budgets = recipe.pool.budgets
-    whole = [arm for arm in recipe.arms if budgets and all(f"{arm}@{n}" in finished for n in budgets)]
-    if not whole:
+    if not budgets:
         return {}
+    whole = list(recipe.arms)
     curves: dict[str, Any] = {}
     matches = []
     baseline = next((a for a in whole if recipe.arms[a].bridge == "none" and not recipe.arms[a].match_flops), None)

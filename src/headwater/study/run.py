@@ -6,7 +6,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from transformers import AutoTokenizer
 
 from headwater.checkpoint import write_atomically
 from headwater.config import Recipe, load_recipe
-from headwater.meter import total
 from headwater.models.language_model import check_same_tokens
+from headwater.run import lease
 from headwater.spec import StageSpec, parents
 from headwater.stages.node import Job, environment, model_directory, run_node
 from headwater.store import Store
-from headwater.study.executors import Event, OnEvent, execute
+from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
 from headwater.study.results import results
 
@@ -35,7 +36,7 @@ ROUNDING = (
     "compile",
 )
 """Keys of `[execution]` on which the order of sums depends."""
-REFRESH_S, RESULTS_S = 3.0, 15.0
+REFRESH_S, RESULTS_S = 3.0, 30.0
 """How old copies of a running node's files, and the results so far, may grow while a study runs."""
 
 
@@ -56,30 +57,52 @@ def run(
     """
     store.check_writable()
     graph = plan(recipe)
-    claim(recipe, out)
-    if not all(map(store.is_done, graph.stages)):
-        check_tokenizers(recipe)
-    jobs = to_jobs(recipe, graph)
-    if strict and (differing := executed_otherwise(jobs, store)):
-        key, names = next(iter(differing.items()))
-        raise ValueError(
-            f"{len(differing)} finished stages were executed otherwise, for example {graph.titles[key]} "
-            f"({', '.join(names)} differ), and equal bits are promised within one execution only: use another --store "
-            "or leave out --strict"
-        )
-    on_plan(graph, store)
-    write_atomically(out / "environment.json", json.dumps({**environment(), "command": sys.argv}, indent=1))
-    write_atomically(out / "stages.json", json.dumps(describe(graph), indent=1))
-    keeper = _Keeper(recipe, graph, store, out)
-    keeper.note("run", command=sys.argv)
+    with _alone(out):
+        claim(recipe, out)
+        if not all(map(store.is_done, graph.stages)):
+            check_tokenizers(recipe)
+        jobs = to_jobs(recipe, graph)
+        if strict and (differing := executed_otherwise(jobs, store)):
+            key, names = next(iter(differing.items()))
+            raise ValueError(
+                f"{len(differing)} stages were executed otherwise, for example {graph.titles[key]} ({', '.join(names)} "
+                "differ), and equal bits are promised within one execution only: use another --store or leave out "
+                "--strict"
+            )
+        on_plan(graph, store)
+        # A run that trains nothing says nothing about where the numbers came from.
+        if not all(map(store.is_done, graph.nodes)) or not (out / "environment.json").exists():
+            made = {**environment(), "command": sys.argv}
+            write_atomically(out / "environment.json", json.dumps(made, indent=1))
+        write_atomically(out / "stages.json", json.dumps(describe(graph), indent=1))
+        keeper = _Keeper(recipe, graph, store, out)
+        keeper.note("run", command=sys.argv)
+        try:
+            execute(jobs, store, recipe.execution, keeper.then(on_event))
+        finally:
+            for key in graph.nodes:
+                copy_small_files(key, store, out)
+            found = keeper.write_results()
+        keeper.note("end")
+        return found
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a run directory; BlockingIOError naming the process that writes it already."""
     try:
-        execute(jobs, store, recipe.execution, keeper.then(on_event))
-    finally:
-        for key in graph.nodes:
-            copy_small_files(key, store, out)
-        found = keeper.write_results()
-    keeper.note("end", spent=total([store.outcome(key)["meter"] for key in keeper.finished]))
-    return found
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}): choose another --out") from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lease(out))
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"this study is being run by {holder(out) or 'another process'}: wait until it ends or stop it; then "
+                "the same command goes on"
+            ) from None
+        yield
 
 
 class _Keeper:
@@ -87,7 +110,6 @@ class _Keeper:
 
     def __init__(self, recipe: Recipe, graph: Graph, store: Store, out: Path) -> None:
         self.recipe, self.graph, self.store, self.out = recipe, graph, store, out
-        self.finished: list[str] = []
         self._copied: dict[str, float] = {}
         self._written = 0.0
         _heal(out / "events.jsonl")
@@ -108,10 +130,8 @@ class _Keeper:
         if event.kind != "step" or now - self._copied.get(event.key, 0.0) > REFRESH_S:
             self._copied[event.key] = now
             copy_small_files(event.key, self.store, self.out)
-        if event.kind == "done":
-            self.finished.append(event.key)
-            if now - self._written > RESULTS_S:
-                self.write_results()
+        if event.kind == "done" and now - self._written > RESULTS_S:
+            self.write_results()
 
     def write_results(self) -> dict[str, Any]:
         found = results(self.recipe, self.graph, self.store, self.out)
@@ -132,10 +152,6 @@ def _heal(path: Path) -> None:
 
 def claim(recipe: Recipe, out: Path) -> None:
     """Write the resolved recipe into the run directory, or check that it holds the same study."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}): choose another --out") from None
     path = out / "recipe.toml"
     if path.exists():
         theirs = load_recipe(path)
@@ -169,13 +185,20 @@ def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
 
 
 def executed_otherwise(jobs: dict[str, Job], store: Store) -> dict[str, list[str]]:
-    """Finished stages with the `[execution]` keys that can change last bits and were others when they were trained."""
+    """Stages finished or begun with other values of those `[execution]` keys that can change last bits."""
     out = {}
     for key, job in jobs.items():
-        if job.spec.kind == "stage" and store.is_done(key):
-            then, now = store.outcome(key)["execution"], job.execution.model_dump(mode="json")
-            if names := [name for name in ROUNDING if then.get(name, now[name]) != now[name]]:
-                out[key] = names
+        if job.spec.kind != "stage":
+            continue
+        if store.is_done(key):
+            then = store.outcome(key)["execution"]
+        elif any((store.path(key) / "checkpoints").glob("*")):
+            then = json.loads((store.path(key) / "spec.json").read_text(encoding="utf-8"))["execution"]
+        else:
+            continue
+        now = job.execution.model_dump(mode="json")
+        if names := [name for name in ROUNDING if then.get(name, now[name]) != now[name]]:
+            out[key] = names
     return out
 
 
@@ -221,8 +244,7 @@ def copy_small_files(key: str, store: Store, out: Path) -> None:
 def evaluate_model(source: str, recipe: Recipe, seed: int, store: Store) -> dict[str, Any]:
     """A model from anywhere on the recipe's evaluations, prompted as the recipe prompts its student."""
     config = recipe.models["student"].model_copy(update={"source": source})
-    stages = {name: stage for name, stage in recipe.stages.items() if name == "student_rl"}
-    only = recipe.model_copy(update={"models": {"student": config}, "arms": {}, "stages": stages, "seeds": (seed,)})
+    only = recipe.model_copy(update={"models": {"student": config}, "arms": {}, "seeds": (seed,)})
     store.check_writable()
     graph = plan(only)
     for job in to_jobs(only, graph).values():

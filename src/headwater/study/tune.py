@@ -9,7 +9,7 @@ from typing import Any
 
 from headwater.arms import METHODS, Arm, StageName, arm_stages
 from headwater.checkpoint import write_atomically
-from headwater.config import Evaluation, Recipe
+from headwater.config import Recipe
 from headwater.overrides import merge
 from headwater.store import Store
 from headwater.study.executors import OnEvent
@@ -30,8 +30,8 @@ def tune(
     """Try `tuning.lr` for every stage of the recipe, teachers first, each with the best rates of those before it.
 
     Returns and writes to `out/tuning.json` `{"grid", "stages": {STAGE: [{"lr", "mean", "ci95"}]}, "chosen": {STAGE:
-    lr}, "labels": {"distinct", "revealed"}}`. The score is avg@k of the stage's own model on the tuning problems; their
-    answers are labels too. Each trial is a run directory `out/STAGE`, so stopping loses nothing.
+    lr}, "labels": {"distinct", "revealed"}}`. The score is avg@k of the stage's own model on the tuning problems; every
+    model reveals all their answers. Each trial is a run directory `out/STAGE`, so stopping loses nothing.
     Raises ValueError for a recipe without `[tuning]`.
     """
     if recipe.tuning is None:
@@ -48,9 +48,10 @@ def tune(
         stages |= {key for arm in found["arms"].values() for row in arm["seeds"].values() for key in row["stages"]}
     ledgers = [store.ledger(key) for key in stages]
     problems = set().union(*(ledger.problems for ledger in ledgers))
+    models = len(order) * len(recipe.tuning.lr) * len(recipe.tuning.seeds)
     labels = {
         "distinct": len(problems) + recipe.tuning.problems,
-        "revealed": sum(ledger.revealed for ledger in ledgers) + recipe.tuning.problems,
+        "revealed": sum(ledger.revealed for ledger in ledgers) + models * recipe.tuning.problems,
     }
     tuned = {"grid": list(recipe.tuning.lr), "stages": table, "chosen": chosen, "labels": labels}
     write_atomically(out / "tuning.json", json.dumps(tuned, indent=1))
@@ -63,9 +64,9 @@ def trial_recipe(recipe: Recipe, stage: StageName, chosen: dict[str, float]) -> 
     assert tuning is not None
     arm = next(a for a in recipe.arms.values() if stage in arm_stages(a) and a.match_flops is None)
     if stage != "student_rl":
-        arm = arm.model_copy(update={"finish": "none", "split": False})
+        arm = arm.model_copy(update={"finish": "none", "split": False, "updates": "stage"})
     if stage.startswith("teacher") and "warmup" in recipe.stages:
-        arm = arm.model_copy(update={"bridge": "warmup", "updates": "stage"})
+        arm = arm.model_copy(update={"bridge": "warmup"})
     rates = [chosen, *({stage: lr} for lr in tuning.lr)]
     base, *variants = ({name: {"optimizer": {"lr": lr}} for name, lr in one.items()} for one in rates)
     overrides = {name: value for name, value in arm.overrides.items() if name in arm_stages(arm)}
@@ -75,9 +76,8 @@ def trial_recipe(recipe: Recipe, stage: StageName, chosen: dict[str, float]) -> 
     }
     used = arm_stages(arm)
     first = next(iter(recipe.evaluations.values()))
-    evaluation = Evaluation(
-        split=tuning.split, problems=tuning.problems, samples=tuning.samples, max_new_tokens=first.max_new_tokens
-    )
+    changes = {"split": tuning.split, "problems": tuning.problems, "samples": tuning.samples, "task": None}
+    evaluation = first.model_copy(update=changes)
     raw = recipe.model_dump(exclude={"comparisons", "tuning"}, exclude_unset=True) | {
         "name": f"{recipe.name}-tuning-{stage}",
         "note": f"Learning rate of {stage}.",

@@ -38,6 +38,8 @@ def main(root: Path, jobs: IO[str], events: IO[str]) -> None:
         try:
             run_node(job, store, on_log=on_log)
             say(kind="done", key=key)
+        except BlockingIOError:
+            say(kind="busy", key=key)
         except Exception as error:
             say(kind="failed", key=key, error=failure(job, error), mendable=isinstance(error, ValueError))
 
