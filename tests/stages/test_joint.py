@@ -24,7 +24,7 @@ def gradient(model, part, loss) -> torch.Tensor:
     for micro in micro_batches(part, max_tokens=10_000):
         hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
         terms, _ = loss(hidden, model.head, micro)
-        sum(t.coef / t.denominator * t.total for t in terms).backward()
+        torch.stack([(t.coef / t.denominator * t.total).double() for t in terms]).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.module.parameters()])
 
 

@@ -33,6 +33,7 @@ def write(
     problems: list[str] = PROBLEMS,
     digest: str = "d0",
     grader: str = "g",
+    temperature: float = 1.0,
     recipe: dict[str, Any] | None = None,
     environment: dict[str, Any] | None = None,
     keys: str = "x",
@@ -52,7 +53,13 @@ def write(
         held_out = {"digest": digest, "seed": None, "count": len(problems), "split": "test", "part": "all"}
         specs = {
             stage: {"problems": pool, "revision": 1},
-            evaluation: {"problems": held_out, "revision": 1, "grader": grader, "grader_digest": None},
+            evaluation: {
+                "problems": held_out,
+                "settings": {"temperature": temperature},
+                "revision": 1,
+                "grader": grader,
+                "grader_digest": None,
+            },
         }
         for key, spec in specs.items():
             (root / "nodes" / key).mkdir(parents=True)
@@ -132,6 +139,7 @@ def test_what_differs_is_named_by_dotted_keys(tmp_path: Path):
         ({"problems": ["q0", "q1", "q2", "q3"]}, "other problems (4 and 4)"),
         ({"digest": "d1"}, "the same prompts with other answers"),
         ({"grader": "h"}, "another grader"),
+        ({"temperature": 0.3}, "other evaluation settings"),
     ],
 )
 def test_numbers_of_different_tasks_are_refused(changes: dict[str, Any], why: str, tmp_path: Path):

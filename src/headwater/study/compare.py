@@ -175,7 +175,8 @@ def _obstacle(a: _Run, b: _Run, ours: list[Any], theirs: list[Any]) -> str | Non
             return "the same prompts with other answers: what is right is not the same"
         if len(set(graders)) > 1:
             return "another grader: what is right is not the same"
-        if len({json.dumps([spec.get("settings"), spec.get("revision")], sort_keys=True) for spec in specs if spec}) > 1:
+        settings = [json.dumps([spec.get("settings"), spec.get("revision")], sort_keys=True) for spec in specs if spec]
+        if len(set(settings)) > 1:
             return "other evaluation settings: their accuracies are not on one scale"
         if sizes[0] < 2:
             return "one problem has no interval"
