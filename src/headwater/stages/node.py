@@ -69,7 +69,7 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
     with lease(directory):
         if store.is_done(key):
             return
-        _check_device(job.execution.device)
+        check_device(job.execution.device)
         set_deterministic(job.execution.threads)
         write_atomically(directory / "spec.json", job.to_json())
         outcome = {"key": key, "label": job.spec.label, "execution": job.execution.model_dump(mode="json")}
@@ -88,7 +88,8 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
         store.finish(key, outcome)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """ValueError when torch cannot use it here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -38,6 +38,8 @@ class Event:
     error: str = ""
     mendable: bool = False
     """The error is one that the user can mend (a ValueError)."""
+    everywhere: bool = False
+    """The error is the machine's (an OSError, such as a full disk), so that no other node would fare better."""
 
 
 OnEvent = Callable[[Event], None]
@@ -50,8 +52,8 @@ class NodeFailed(RuntimeError):
 def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: OnEvent) -> None:
     """Run all nodes that are not done, parents first; one that another study is at work on is waited for.
 
-    One that fails takes only those with it that need it; the error is raised when all the others are done: ValueError
-    for what the user can mend, else NodeFailed.
+    One that fails takes only those with it that need it, unless the machine is at fault (an OSError); the error is
+    raised when all the others are done: ValueError for what the user can mend, else NodeFailed.
     """
     waiting = {key: job for key, job in jobs.items() if not store.is_done(key)}
     if not waiting:
@@ -95,9 +97,10 @@ def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
             _give_back(key, job, waiting, on_event)
             continue
         except Exception as error:
-            event = Event("failed", key, error=failure(job, error), mendable=isinstance(error, ValueError))
+            mendable, everywhere = kind_of(error)
+            event = Event("failed", key, error=failure(job, error), mendable=mendable, everywhere=everywhere)
             on_event(event)
-            raised = _raised(event, _drop_heirs(waiting, key))
+            raised = _raised(event, _drop(waiting, event))
             raised.__cause__ = error
             failures.append(raised)
             continue
@@ -123,13 +126,20 @@ def _raised(event: Event, heirs: int) -> ValueError | NodeFailed:
     return (ValueError if event.mendable else NodeFailed)(text)
 
 
-def _drop_heirs(waiting: dict[str, Job], failed: str) -> int:
-    """Take what cannot be run without a failed node out of `waiting`, which holds parents first; how many."""
-    gone = {failed}
+def kind_of(error: Exception) -> tuple[bool, bool]:
+    """Whether an error is the user's to mend, and whether it is the machine's: an event's `mendable`, `everywhere`."""
+    return isinstance(error, ValueError), isinstance(error, OSError)
+
+
+def _drop(waiting: dict[str, Job], event: Event) -> int:
+    """Take what cannot be run after a failure out of `waiting`, which holds parents first; how many need the node."""
+    gone = {event.key}
     for key in list(waiting):
         if gone & set(spec.parents(waiting[key].spec)):
             gone.add(key)
             del waiting[key]
+    if event.everywhere:
+        waiting.clear()
     return len(gone) - 1
 
 
@@ -185,7 +195,7 @@ def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int)
                 if any(w.key for w in workers):
                     for selected, _ in selector.select():
                         for event in _listen(selected.data, on_event, workers, selector, waiting):
-                            failures.append(_raised(event, _drop_heirs(waiting, event.key)))
+                            failures.append(_raised(event, _drop(waiting, event)))
                 elif waiting:
                     _wait(waiting, store, on_event, told)
                 else:

@@ -19,7 +19,7 @@ from headwater.config import Recipe, load_recipe
 from headwater.models.language_model import check_same_tokens
 from headwater.run import lease
 from headwater.spec import StageSpec, parents
-from headwater.stages.node import Job, environment, model_directory, run_node
+from headwater.stages.node import Job, check_device, environment, model_directory, run_node
 from headwater.store import Store
 from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
@@ -59,7 +59,8 @@ def run(
     graph = plan(recipe)
     with _alone(out):
         claim(recipe, out)
-        if not all(map(store.is_done, graph.stages)):
+        if not all(map(store.is_done, graph.nodes)):
+            check_device(recipe.execution.device)
             check_tokenizers(recipe)
         jobs = to_jobs(recipe, graph)
         if strict and (differing := executed_otherwise(jobs, store)):
@@ -82,7 +83,7 @@ def run(
         finally:
             for key in graph.nodes:
                 copy_small_files(key, store, out)
-            found = keeper.write_results()
+            found = keeper.write_results() if any(map(store.is_done, graph.nodes)) else {}
         keeper.note("end")
         return found
 
@@ -165,6 +166,11 @@ def claim(recipe: Recipe, out: Path) -> None:
 
 def check_tokenizers(recipe: Recipe) -> None:
     """ValueError now, not after the teacher's training, when its tokens are not the student's."""
+    for model in recipe.models.values():
+        known = AutoTokenizer.from_pretrained(model_directory(model.source)).get_vocab() if model.stop_tokens else {}
+        for token in model.stop_tokens:
+            if token not in known:
+                raise ValueError(f"{model.source}: stop token {token!r} is not in the vocabulary")
     student = recipe.models["student"].source
     taught = [recipe.models[arm.teacher_model].source for arm in recipe.arms.values() if arm.teacher != "none"]
     for source in dict.fromkeys(taught):

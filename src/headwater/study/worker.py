@@ -16,7 +16,7 @@ from headwater import spec
 from headwater.grading.child import die_with
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
-from headwater.study.executors import failure
+from headwater.study.executors import failure, kind_of
 
 
 def main(root: Path, jobs: IO[str], events: IO[str]) -> None:
@@ -41,7 +41,8 @@ def main(root: Path, jobs: IO[str], events: IO[str]) -> None:
         except BlockingIOError:
             say(kind="busy", key=key)
         except Exception as error:
-            say(kind="failed", key=key, error=failure(job, error), mendable=isinstance(error, ValueError))
+            mendable, everywhere = kind_of(error)
+            say(kind="failed", key=key, error=failure(job, error), mendable=mendable, everywhere=everywhere)
 
 
 if __name__ == "__main__":
