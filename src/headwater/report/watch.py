@@ -22,12 +22,11 @@ def watch(run_directory: Path, port: int = 0, *, browser: bool = True) -> None:
 
     Raises ValueError when the directory holds no run, or the port is taken.
     """
-    with serving(run_directory, port) as url:
+    with contextlib.suppress(KeyboardInterrupt), serving(run_directory, port) as url:
         print(f"watching {run_directory} at {url} (Ctrl-C ends it)", flush=True)
         if browser:
             webbrowser.open(url)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 @contextlib.contextmanager
