@@ -72,7 +72,12 @@ def holder(directory: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read().strip() or "another process"
+                for _ in range(20):  # between taking the lease and signing it
+                    file.seek(0)
+                    if name := file.read().strip():
+                        return name
+                    time.sleep(0.01)
+                return "another process"
     except FileNotFoundError:
         pass
     return None
