@@ -195,7 +195,7 @@ def test_settings_without_effect_are_refused(model: Any, settings: dict[str, Any
 
 def test_values_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
-        Pool(labels=3).labels = 4  # pyright: ignore[reportAttributeAccessIssue]
+        Pool(labels=3).labels = 4  # pyright: ignore -- what is refused
 
 
 @pytest.mark.parametrize(

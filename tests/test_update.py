@@ -316,7 +316,7 @@ def test_clipping_is_torchs(model64, limit):
 
 def test_learning_rates_by_hand():
     def rates(schedule: str) -> list[float]:
-        settings = Optimizer(lr=8.0, schedule=schedule, warmup_steps=2)  # pyright: ignore[reportArgumentType]
+        settings = Optimizer(lr=8.0, schedule=schedule, warmup_steps=2)  # pyright: ignore -- a parameter, a str
         return [learning_rate(settings, step, 10) for step in range(10)]
 
     assert rates("constant") == [4.0, *[8.0] * 9]

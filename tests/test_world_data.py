@@ -95,7 +95,7 @@ def test_model_loads_and_solves_as_often_as_recorded(role: str):
     ]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     torch.manual_seed(7)
-    out = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+    out = model.generate(  # pyright: ignore -- the auto class is typed without generate
         **batch, num_return_sequences=4, max_new_tokens=64
     )
     texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -46,7 +46,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         if item["type"] == "extra_forbidden":
             message = _unknown(*places[-1])
         if item["type"] == "union_tag_not_found":
-            message = f"{item['ctx']['discriminator']} is missing"  # pyright: ignore[reportTypedDictNotRequiredAccess]
+            message = f"{item['ctx']['discriminator']} is missing"  # pyright: ignore -- this error has one
         shown = repr(item.get("input"))
         given = f" (given: {shown})" if item["type"] != "missing" and len(shown) < 80 else ""
         lines.append(f"  {where}: {message}{given}")

@@ -61,7 +61,7 @@ def loss_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
     x = {name: value.to(DEVICE, dtype) for name, value in x.items()}
     x |= {"weights": torch.rand(77).to(DEVICE), "targets": torch.randint(VOCAB, (77,)).to(DEVICE)}
     x["weights"][::7] = 0
-    x["hidden"].requires_grad_(), x["head"].requires_grad_()  # pyright: ignore[reportUnusedExpression]
+    x["hidden"].requires_grad_(), x["head"].requires_grad_()  # pyright: ignore -- both for effect
     return x
 
 
@@ -82,7 +82,7 @@ def test_dense_divergence_and_gradients_equal_the_oracle(kind, k, dtype):
         scores = HiddenScores(x["teacher_hidden"], x["teacher_head"])
         exact = oracle.dense_divergence_from_logits(student, log_p, y["weights"], **options)
     value, _, _ = dense_divergence(x["hidden"], x["head"], scores, x["weights"], chunk_tokens=32, **options)
-    value.backward(), exact.backward()  # pyright: ignore[reportUnusedExpression]
+    value.backward(), exact.backward()  # pyright: ignore -- both for effect
     assert relative(value, exact) < DTYPES[dtype]
     for name in ("hidden", "head"):
         assert relative(x[name].grad, y[name].grad) < DTYPES[dtype], name
@@ -98,7 +98,7 @@ def test_token_logprobs_and_gradients_equal_the_oracle(temperature, dtype):
     options = {"vocab_size": VOCAB, "temperature": temperature}
     logprobs, entropy = token_logprobs(x["hidden"], x["head"], x["targets"], chunk_tokens=32, **options)
     exact, exact_entropy = oracle.token_logprobs_from_logits(y["hidden"] @ y["head"].T, y["targets"], **options)
-    (x["weights"] * logprobs).sum().backward(), (y["weights"] * exact).sum().backward()  # pyright: ignore
+    (x["weights"] * logprobs).sum().backward(), (y["weights"] * exact).sum().backward()  # pyright: ignore -- likewise
     assert relative(logprobs, exact.detach()) < DTYPES[dtype]
     assert relative(entropy, exact_entropy.detach()) < DTYPES[dtype]
     for name in ("hidden", "head"):
@@ -108,7 +108,7 @@ def test_token_logprobs_and_gradients_equal_the_oracle(temperature, dtype):
 def tokens() -> PreTrainedTokenizerFast:
     """Reads "3 1 4" as these ids."""
     words = Tokenizer(WordLevel({str(i): i for i in range(61)}, unk_token="0"))
-    words.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    words.pre_tokenizer = WhitespaceSplit()  # pyright: ignore -- a setter untyped
     return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
@@ -127,8 +127,8 @@ def tiny(compute: str, weights: torch.dtype, *, trained: bool) -> LanguageModel:
         tie_word_embeddings=True,
     )
     config._attn_implementation = "sdpa"
-    module = Qwen3ForCausalLM(config).eval().requires_grad_(trained).to(device=DEVICE, dtype=weights)  # pyright: ignore
-    settings = ModelConfig(source="file:random", dtype=compute, template="none")  # pyright: ignore
+    module = Qwen3ForCausalLM(config).eval().requires_grad_(trained).to(device=DEVICE, dtype=weights)  # pyright: ignore -- typed Module
+    settings = ModelConfig(source="file:random", dtype=compute, template="none")  # pyright: ignore -- a parameter, a str
     return LanguageModel(module, tokens(), settings, (0, 1), 61)
 
 

@@ -68,7 +68,7 @@ def test_smollm2_becomes_a_plain_trainable_chat_model(tmp_path: Path):
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][0].item()) == "<|im_start|>"
-    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]  # pyright: ignore
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]  # pyright: ignore -- typed without generate
     reply = tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert reply == "The capital of France is Paris."
     assert output[-1] == tokenizer.eos_token_id

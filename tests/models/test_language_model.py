@@ -87,7 +87,7 @@ def test_models_the_losses_would_misread_are_refused(make_model):
         out.logits = 3 * torch.tanh(out.logits / 3)
         return out
 
-    capped.forward = soft_cap  # pyright: ignore
+    capped.forward = soft_cap  # pyright: ignore -- a patched method
     with pytest.raises(ValueError, match="not hidden states times LM head"):
         wrap(capped, model.tokenizer, model.config)
 

@@ -160,7 +160,7 @@ def test_greedy_equals_transformers(make_model, mixed):
     for rollout in TransformersSampler(model).sample(mixed, greedy):
         ids = torch.tensor([rollout.prompt_ids])
         # A copy of the head without padding rows, which generate would sample.
-        out = model.module.generate(  # pyright: ignore
+        out = model.module.generate(  # pyright: ignore -- typed without generate
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,

@@ -25,7 +25,7 @@ def planned(mini: Path, *changes: str) -> tuple[Recipe, Graph]:
 def stages(graph: Graph, arm: str, seed: int = 0) -> list[StageSpec]:
     found = [graph.nodes[key] for key in graph.arms[arm][seed]]
     assert all(isinstance(node, StageSpec) for node in found)
-    return found  # pyright: ignore[reportReturnType]
+    return found  # pyright: ignore -- asserted above
 
 
 def ids(problems: Problems) -> list[str]:

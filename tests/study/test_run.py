@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Done  # pyright: ignore[reportMissingImports]
+from conftest import Done  # pyright: ignore -- pytest puts it on the path
 from safetensors.torch import load_file
 
 from headwater.config import load_recipe

@@ -15,7 +15,7 @@ SMALL = Chains(train=60, tuning=40, test=40, unlabelled=40)
 
 def slow_answer(prompt: str) -> int:
     """Python's own evaluation with explicit brackets, one reduction at the end: residues are a ring."""
-    start, rest = re.fullmatch(r"(\d+)(.*)=", prompt).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    start, rest = re.fullmatch(r"(\d+)(.*)=", prompt).groups()  # pyright: ignore -- no match fails the test
     operations = re.findall(r"[+*-]\d", rest)
     return eval("(" * len(operations) + start + "".join(f"{operation})" for operation in operations)) % 20
 

@@ -174,7 +174,8 @@ def test_unreadable_sources_are_said(tmp_path: Path) -> None:
 
 
 def test_parquet_rows_read_as_json_rows(tmp_path: Path) -> None:
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    why = "an extra of the package"
+    arrow, parquet = (pytest.importorskip(name, reason=why) for name in ("pyarrow", "pyarrow.parquet"))
     rows = sums(range(30))
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     one = load(write(tmp_path / "a.jsonl", rows), title="t")
