@@ -16,6 +16,7 @@ ORDER = [
     "overrides",
     "methods",
     "arms",
+    "execution",
     "config",
     "spec",
     "ledger",
@@ -104,7 +105,9 @@ def test_an_import_that_points_down_is_found(tmp_path: Path):
     assert list(imported(tmp_path / "bad.py")) == ["study.run", "cli"]
 
 
-LIGHT = [m for m in MODULES if m.split(".")[0] in ("types", "tasks", "grading", "config", "spec", "assets")]
+LIGHT = [
+    m for m in MODULES if m.split(".")[0] in ("types", "tasks", "grading", "config", "execution", "spec", "assets")
+]
 
 
 def test_light_modules_import_no_torch():

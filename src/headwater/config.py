@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from headwater.arms import METHODS, PRESETS, Arm, Name, StageName, arm_stages
+from headwater.execution import Execution
 from headwater.methods import (
     GRPO,
     SFT,
@@ -130,44 +131,6 @@ class Variant(Frozen):
 
     arm: str
     labels: int
-
-
-class Execution(Frozen):
-    """How the work is done; recorded, never part of a stage's key."""
-
-    executor: str = "inline"
-    """`inline`, or `local:N` for N single-thread processes."""
-    device: str = "cpu"
-    threads: int | None = Field(default=None, ge=1)
-    """Torch threads of a process; unset = all cores inline, one in `local:N`."""
-    micro_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens (rows x length) of one forward-backward pass."""
-    sampler_tokens: int = Field(default=262_144, ge=1)
-    """Padded tokens (rows x (prompt + completion)) decoded at once: bounds the KV cache."""
-    chunk_tokens: int = Field(default=1024, ge=1)
-    """Tokens whose logits exist at once."""
-    save_every: int = Field(default=20, ge=1)
-    log_every: int = Field(default=1, ge=1)
-    """Steps between rows of metrics; the last step always has one."""
-    eval_every: int = Field(default=0, ge=0)
-    """Steps between evaluations inside a stage, for learning curves; 0 = none."""
-    eval_problems: int = Field(default=64, ge=1)
-    grader_workers: int = Field(default=1, ge=1)
-    grader_timeout_s: float = Field(default=5.0, gt=0)
-    grader_memory_mb: int = Field(default=2048, ge=64)
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    """Compile the decoder layers on CUDA: updates and scoring become faster, the first takes half a minute longer."""
-    spread_teacher: bool = False
-    """Lay a frozen teacher's layers out over all visible GPUs (needs accelerate: `pip install headwater[gguf]`)."""
-
-    @field_validator("executor")
-    @classmethod
-    def _executor(cls, value: str) -> str:
-        name, _, count = value.partition(":")
-        if value != "inline" and not (name == "local" and count.isdigit() and int(count) >= 1):
-            raise ValueError(f"executor {value!r}: use 'inline' or 'local:N' with N >= 1")
-        return value
 
 
 class Recipe(Frozen):
