@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Reason = Literal["correct", "wrong", "partial", "unparsed", "timeout", "memory", "error"]
+Reason = Literal["correct", "wrong", "partial", "unparsed", "truncated", "timeout", "memory", "error"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Verdict:
     """A grader's result. `score` is the reward; `correct` is True only for a fully right answer.
 
     `style` is a label that the task can read off the completion (how it was solved); None when it cannot tell.
+    `answer` is what was read as the answer, in a canonical spelling: what counts as one vote in maj@k. Equal strings
+    are equal answers; equal answers are equal strings where that is cheap to see, and always when they are correct and
+    the task has one gold answer. None when there is none, or when the grader does not say. Reason "truncated" is set
+    outside graders, which see text alone (`evals.evaluate.mark_truncated`).
     """
 
     correct: bool
@@ -54,6 +58,7 @@ class Verdict:
     reason: Reason
     score: float
     style: str | None = None
+    answer: str | None = None
 
 
 @runtime_checkable

@@ -194,6 +194,12 @@ def test_graders_may_return_bools_and_numbers_and_nothing_else() -> None:
         assert "not str" in pool.last_error
 
 
+def test_the_answer_arrives_and_is_cut_to_what_a_record_can_hold() -> None:
+    texts = ["7", "", "\ud800\n", "x" * 10**6]
+    with GraderPool(f"{TOYS}:echo", workers=1) as pool:
+        assert [v.answer for v in grade_texts(pool, *texts)] == ["7", "", "\ud800\n", "x" * 1000]
+
+
 @pytest.mark.parametrize(
     ("grader", "message"),
     [

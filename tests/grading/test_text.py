@@ -133,6 +133,7 @@ def test_numeric_answers_are_graded_by_value(gold: str, completion: str, reason:
     verdict = grade_number(completion, Problem((), gold))
     assert verdict.reason == reason
     assert verdict.score == float(verdict.correct) == float(reason == "correct")
+    assert (verdict.answer == "18") == verdict.correct and (verdict.answer is None) == (reason == "unparsed")
     assert verdict.parsed == (reason != "unparsed")
 
 

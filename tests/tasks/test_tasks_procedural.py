@@ -57,12 +57,12 @@ def test_a_near_miss_scores_only_when_partial_credit_is_asked_for(pool: GraderPo
     spec = {"name": "reasoning-gym:chain_sum", "sizes": SMALL}
     problem = load_task(spec).problems("train")[0]
     near = f"<answer>{problem.answer} apples</answer>"
-    assert pool.grade([(problem, near)]) == [Verdict(False, True, "wrong", 0.0)]
+    assert pool.grade([(problem, near)]) == [Verdict(False, True, "wrong", 0.0, answer=f"{problem.answer} apples")]
     task = load_task({**spec, "partial_credit": True})
     with GraderPool(task.grader, workers=1, timeout_s=20.0) as partial:
         verdict, full = partial.grade([(problem, near), (problem, problem.answer or "")])
     assert verdict.reason == "partial" and not verdict.correct and 0 < verdict.score < 1
-    assert full == Verdict(True, True, "correct", 1.0)
+    assert full == Verdict(True, True, "correct", 1.0, answer=problem.answer)
 
 
 def test_neighbouring_seeds_repeat_prompts_but_never_across_splits() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from headwater.evals.statistics import pass_at_k
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts.sampler import Sampling, TransformersSampler
-from headwater.types import Grade, Problem
+from headwater.types import Grade, Problem, Rollout, Verdict
 
 BATCH = 64
 
@@ -58,7 +58,8 @@ def evaluate(
         part = problems[start : start + BATCH]
         with meter.timed("evaluated"):
             rollouts = sampler.sample(part, sampling)
-            verdicts = grade([(part[i // settings.samples], r.text) for i, r in enumerate(rollouts)])
+            pairs = [(part[i // settings.samples], r.text) for i, r in enumerate(rollouts)]
+            verdicts = mark_truncated(grade(pairs), rollouts)
         prompts = sum(len(r.prompt_ids) for r in rollouts[:: settings.samples])
         meter.add("evaluated", prompts + sum(len(r.completion_ids) for r in rollouts), model.num_parameters)
         for i, problem in enumerate(part):
@@ -72,6 +73,7 @@ def evaluate(
                     "parsed": [v.parsed for v in verdicts[mine]],
                     "reasons": [v.reason for v in verdicts[mine]],
                     "styles": [v.style for v in verdicts[mine]],
+                    "answers": [v.answer for v in verdicts[mine]],
                     "finished": [r.finished for r in rollouts[mine]],
                     "lengths": [len(r.completion_ids) for r in rollouts[mine]],
                     "texts": [r.text for r in rollouts[mine]],
@@ -81,6 +83,17 @@ def evaluate(
         if path is not None:
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return summary(rows, settings.samples)
+
+
+def mark_truncated(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout]) -> list[Verdict]:
+    """The verdicts, with the reason "truncated" for what was cut by the length limit and graded wrong or unparsed.
+
+    Scores stay as they are.
+    """
+    return [
+        replace(v, reason="truncated") if not r.finished and v.reason in ("wrong", "unparsed") else v
+        for v, r in zip(verdicts, rollouts, strict=True)
+    ]
 
 
 def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +28,7 @@ from headwater.types import Problem, Verdict
 
 Grader = Callable[[str, Problem], object]
 _PR_SET_PDEATHSIG = 1
+_MAX_ANSWER = 1000  # Characters: it is kept with every sample, and what a model marks may be its whole text.
 
 
 def split_spec(spec: str) -> tuple[str, str, str]:
@@ -99,7 +101,7 @@ def to_verdict(result: object) -> Verdict:
         raise TypeError(f"a grader returns a Verdict, bool or number, not {type(result).__name__}")
     if not math.isfinite(result.score):
         raise ValueError(f"a score must be finite, not {result.score}")
-    return result
+    return replace(result, answer=result.answer and result.answer[:_MAX_ANSWER])
 
 
 def judge(grader: Grader, line: bytes) -> tuple[Verdict, str]:

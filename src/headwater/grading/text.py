@@ -144,4 +144,5 @@ def grade_number(completion: str, problem: Problem) -> Verdict:
     decimals = len((problem.answer or "").strip().partition(".")[2])
     slack = Fraction(1, 2 * 10**decimals) if decimals >= _ROUNDED_DECIMALS else 0
     right = abs(number - gold) <= slack
-    return Verdict(right, True, "correct" if right else "wrong", float(right))
+    answer = str(gold if right else number)
+    return Verdict(right, True, "correct" if right else "wrong", float(right), answer=answer)

@@ -50,10 +50,17 @@ def decode_verdict(line: bytes) -> tuple[Verdict, str]:
     """Verdict and note of a reply line; ValueError when it is anything else than `encode_verdict` writes."""
     match decode(line):
         case [
-            {"correct": bool(c), "parsed": bool(p), "reason": str(r), "score": int() | float() as s, "style": t},
+            {
+                "correct": bool(c),
+                "parsed": bool(p),
+                "reason": str(r),
+                "score": int() | float() as s,
+                "style": None | str() as t,
+                "answer": None | str() as a,
+            },
             str(note),
-        ] if r in REASONS and math.isfinite(s) and (t is None or isinstance(t, str)):
-            return Verdict(c, p, r, float(s), t), note  # type: ignore[arg-type] -- matched
+        ] if r in REASONS and math.isfinite(s):
+            return Verdict(c, p, r, float(s), t, a), note  # type: ignore[arg-type] -- matched
     raise ValueError(f"not a verdict: {line[:80]!r}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from headwater.config import GRPO, Execution
+from headwater.evals.evaluate import mark_truncated
 from headwater.losses.policy import clipped_policy_gradient, reference_kl
 from headwater.losses.projection import token_logprobs
 from headwater.mesh import Mesh
@@ -172,7 +173,8 @@ def sample_groups(
         rollouts = sampler.sample(problems, sampling)
     count_sampled(run, sampler.model, rollouts, size)
     with run.meter.timed("graded"):
-        verdicts = grade_sharded(grade, [(problems[i // size], r.text) for i, r in enumerate(rollouts)], run.mesh)
+        pairs = [(problems[i // size], r.text) for i, r in enumerate(rollouts)]
+        verdicts = mark_truncated(grade_sharded(grade, pairs, run.mesh), rollouts)
     return [
         (p, rollouts[i * size : (i + 1) * size], verdicts[i * size : (i + 1) * size]) for i, p in enumerate(problems)
     ]

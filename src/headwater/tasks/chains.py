@@ -84,7 +84,7 @@ def grade(completion: str, problem: Problem) -> Verdict:
         return Verdict(correct=False, parsed=False, reason="unparsed", score=0.0)
     correct = found[1] == problem.answer
     style = _style(completion, problem)
-    return Verdict(correct, True, "correct" if correct else "wrong", float(correct), style)
+    return Verdict(correct, True, "correct" if correct else "wrong", float(correct), style, found[1])
 
 
 def worked_solution(problem: Problem) -> str:

@@ -89,7 +89,8 @@ def grade(completion: str, problem: Problem) -> Verdict:
     score = _score(completion, problem)
     if score is None:
         return Verdict(False, False, "unparsed", 0.0)
-    return Verdict(score >= 1, True, "correct" if score >= 1 else "wrong", float(score >= 1))
+    reason = "correct" if score >= 1 else "wrong"
+    return Verdict(score >= 1, True, reason, float(score >= 1), answer=_answer(completion))
 
 
 def grade_partial(completion: str, problem: Problem) -> Verdict:
@@ -97,7 +98,12 @@ def grade_partial(completion: str, problem: Problem) -> Verdict:
     score = _score(completion, problem)
     if score is None:
         return Verdict(False, False, "unparsed", 0.0)
-    return Verdict(score >= 1, True, "correct" if score >= 1 else "partial" if score > 0 else "wrong", score)
+    reason = "correct" if score >= 1 else "partial" if score > 0 else "wrong"
+    return Verdict(score >= 1, True, reason, score, answer=_answer(completion))
+
+
+def _answer(completion: str) -> str:
+    return " ".join((extract_tagged(completion) or "").split())
 
 
 def _score(completion: str, problem: Problem) -> float | None:
