@@ -1,0 +1,24 @@
+"""Can reward teach here? The share of groups in which some completions are right and some are wrong."""
+
+from __future__ import annotations
+
+from math import comb
+
+
+def mixed_rate(pass_rate: float, group_size: int) -> float:
+    """U_G(p) = 1 - p^G - (1 - p)^G: probability that a group of G is neither all right nor all wrong ."""
+    return 1.0 - pass_rate**group_size - (1.0 - pass_rate) ** group_size
+
+
+def estimated_mixed_rate(num_samples: int, num_correct: int, group_size: int) -> float:
+    """Unbiased estimate of U_G from k samples of one problem: the share of its subsets of G that are mixed.
+
+    Raises ValueError unless 0 <= num_correct <= num_samples and 2 <= group_size <= num_samples: plugging the observed
+    pass rate into U_G would be biased.
+    """
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"num_correct must be within 0..{num_samples}, given {num_correct}")
+    if not 2 <= group_size <= num_samples:
+        raise ValueError(f"groups of {group_size} need 2 <= group_size <= samples, given {num_samples} samples")
+    same = comb(num_correct, group_size) + comb(num_samples - num_correct, group_size)
+    return 1.0 - same / comb(num_samples, group_size)
