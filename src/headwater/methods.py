@@ -20,14 +20,26 @@ class ModelConfig(Frozen):
     """`hf:`, `file:`, `wheel:` or `world:` (see `headwater.assets`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Trained weights keep float32 masters whatever this says."""
-    template: Literal["chat", "none"] = "chat"
-    """`chat`: the tokenizer's chat template; `none`: contents of the messages joined by newlines."""
+    template: str = "chat"
+    """`chat`: the tokenizer's chat template; `none`: contents of the messages joined by newlines; `PATH.jinja`: a file
+    with a chat template, whose content is part of the model's key."""
     system: str | None = None
-    """System message put before every prompt that has none."""
+    """System message put before every prompt that has none; "" empties the one that the template itself puts in."""
     thinking: bool = False
-    """Passed to the chat template as `enable_thinking`."""
+    """Off, a template that thinks gets the empty thought; on, the template must know `enable_thinking`."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion besides the tokenizer's and the generation config's own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion. Its text stops before the first one; its tokens go on to the one that completes
+    it."""
+
+    @model_validator(mode="after")
+    def _prompting(self) -> ModelConfig:
+        if self.template not in ("chat", "none") and not self.template.endswith(".jinja"):
+            raise ValueError(f"template = {self.template!r}: use 'chat', 'none' or the path of a .jinja file")
+        if not all(self.stop):
+            raise ValueError("stop holds an empty text, which would end every completion: remove it")
+        return self
 
 
 class Optimizer(Frozen):

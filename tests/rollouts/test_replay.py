@@ -13,9 +13,11 @@ SAMPLING = Sampling(("replay", 0), group_size=3, max_new_tokens=12, temperature=
 
 @pytest.mark.parametrize(("segment", "check"), [(256, 32), (4, 2), (1, 1), (5, 1)])
 @pytest.mark.parametrize("sampling", [SAMPLING, replace(SAMPLING, top_k=3, max_new_tokens=1)])
-def test_segments_draw_what_plain_decoding_draws(make_model, problems, monkeypatch, segment, check, sampling):
+@pytest.mark.parametrize("stop", [(), ("a", "0")])
+def test_segments_draw_what_plain_decoding_draws(make_model, problems, monkeypatch, segment, check, sampling, stop):
     """Prompts of unequal length, rows that end in every segment; a slot or position off by one changes the tokens."""
     model = make_model(0, trained=False)
+    model = replace(model, config=model.config.model_copy(update={"stop": stop}))
     mixed = [*problems[:4], Problem((Message("user", "1+2*3" * 9),)), Problem((Message("user", "1"),))]
     plain = TransformersSampler(model).sample(mixed, sampling)
     monkeypatch.setattr(sampler, "SEGMENT", segment)

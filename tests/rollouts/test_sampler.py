@@ -227,3 +227,21 @@ def test_rollouts_carry_the_version_of_the_weights(model, mixed):
     sampler.load(None, 7)
     out = sampler.sample(mixed[:2], replace(SAMPLING, max_new_tokens=1))
     assert [r.policy_version for r in out] == [7] * 6
+
+
+def stopping(model: LanguageModel, *stop: str) -> LanguageModel:
+    return replace(model, config=model.config.model_copy(update={"stop": stop}))
+
+
+@pytest.mark.parametrize("stop", [("a",), ("b", "0"), ("no such text",)])
+def test_a_stop_string_only_cuts(rollouts, mixed, model, stop):
+    """What is drawn until then is what is drawn without it; it counts up to the token that completes it."""
+    stopped = TransformersSampler(stopping(model, *stop)).sample(mixed, SAMPLING)
+    for short, whole in zip(stopped, rollouts, strict=True):
+        ids, decode = whole.completion_ids, model.tokenizer.decode
+        first = next((n for n in range(1, len(ids)) if any(s in decode(ids[:n]) for s in stop)), len(ids))
+        assert short.completion_ids == ids[:first]
+        assert short.sampler_logprobs == pytest.approx(whole.sampler_logprobs[:first], abs=1e-5)
+        assert short.finished == (whole.finished or any(s in decode(ids) for s in stop))
+        assert not any(s in short.text for s in stop) and whole.text.startswith(short.text)
+    assert (stopped == rollouts) == (stop == ("no such text",))

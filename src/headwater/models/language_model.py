@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwater.config import ModelConfig
+from headwater.models import template
 from headwater.types import Message
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -86,28 +87,16 @@ class LanguageModel:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, ready for the completion to follow; ValueError when there are none."""
-        if self.config.system is not None and all(m.role != "system" for m in messages):
-            messages = [Message("system", self.config.system), *messages]
-        if self.config.template == "none":
-            text = "\n".join(m.content for m in messages)
-            ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
-            if not ids:
-                raise ValueError(
-                    "a prompt is empty, so nothing predicts its first token: drop it, or set a system text"
-                )
-            return ids  # pyright: ignore -- typed for batches too
-        return self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in messages],
-            add_generation_prompt=True,
-            enable_thinking=self.config.thinking,
-            tokenize=True,
-            return_dict=False,
-        )  # pyright: ignore -- tokenize=True and return_dict=False give a list of ids
+        return template.encode(self.tokenizer, self.config, messages)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a completion without the token that ended it."""
+        """Text of a completion without the token, or the stop string, that ended it."""
         text = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
-        return self.tokenizer.decode(list(text), skip_special_tokens=False)  # pyright: ignore -- one text
+        return template.cut(str(self.tokenizer.decode(list(text), skip_special_tokens=False)), self.config.stop)
+
+    def is_finished(self, ids: Sequence[int]) -> bool:
+        """Whether a completion ends by itself, not by the limit of its length."""
+        return ids[-1] in self.eos_ids or template.stop_length(self.tokenizer, ids, self.config.stop) is not None
 
 
 def load_model(
@@ -159,11 +148,7 @@ def compile_layers(model: LanguageModel) -> LanguageModel:
 
 def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> LanguageModel:
     """A LanguageModel from a module in memory; raises as `load_model` does."""
-    if config.template == "chat" and not tokenizer.chat_template:
-        raise ValueError(
-            f"{config.source} has no chat template: a base model needs template = 'none', "
-            "or use the instruct model's tokenizer"
-        )
+    tokenizer = template.with_template(tokenizer, config)
     rows = module.get_output_embeddings().weight.shape[0]  # pyright: ignore -- typed Module
     if len(tokenizer) > rows:
         raise ValueError(f"{config.source}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} rows")

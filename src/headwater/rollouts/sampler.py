@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from headwater.mesh import Mesh
 from headwater.models.language_model import ATTENTION, LanguageModel
+from headwater.models.template import ends_in_stop, stop_length
 from headwater.rollouts import streams
 from headwater.types import Problem, Rollout
 
@@ -108,7 +109,6 @@ class TransformersSampler:
         logprobs: list[list[float]],
         counts: list[int],
     ) -> list[Rollout]:
-        ended = set(self.model.eos_ids)
         out = []
         for row, count in enumerate(counts):
             completion = tokens[row][:count]
@@ -120,7 +120,7 @@ class TransformersSampler:
                     completion_ids=completion,
                     sampler_logprobs=logprobs[row][:count],
                     text=self.model.decode(completion),
-                    finished=completion[-1] in ended,
+                    finished=self.model.is_finished(completion),
                     policy_version=self.version,
                 )
             )
@@ -197,6 +197,8 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
         token, logprob = _draw(model, hidden, torch.from_numpy(uniform).to(device), sampling)
         tokens[alive, position], logprobs[alive, position] = token.cpu(), logprob.cpu()
         ended = torch.isin(token, eos).cpu() & running[alive]
+        if model.config.stop:
+            ended |= _stopped(model, tokens[alive, : position + 1], running[alive])
         count[alive[ended.numpy()]] = position + 1
         running[alive[ended.numpy()]] = False
         num_running = int(running.sum())
@@ -260,7 +262,8 @@ def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Te
     while done < limit and not bool(ended.all()):
         keep = (~ended).nonzero().squeeze(1)
         alive, token, mask, lengths = alive[keep.cpu().numpy()], token[keep], mask[keep], lengths[keep]
-        stop, used = min(done + SEGMENT, limit), width + done - 1
+        segment = max(1, SEGMENT // 4) if model.config.stop else SEGMENT
+        stop, used = min(done + segment, limit), width + done - 1
         size = -(-(width + stop) // 64) * 64
         slots.resize(keep, used, size)
         bias = torch.full((len(keep), 1, 1, size), -torch.inf, dtype=start.hidden.dtype, device=device)
@@ -269,9 +272,26 @@ def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Te
         drawn, scored, ended = _segment(model, token, bias, lengths + done - 1, slots, uniform, eos, sampling)
         stop, token = done + len(drawn), drawn[-1]
         tokens[alive, done:stop], logprobs[alive, done:stop] = drawn.T.cpu(), scored.T.cpu()
+        if model.config.stop:
+            ended = ended | (_counts(model, tokens[alive, :stop]) < stop).to(device)
         done = stop
-    last = torch.isin(tokens, eos.cpu())
-    return tokens, logprobs, torch.where(last.any(1), last.int().argmax(1) + 1, limit)
+    return tokens, logprobs, _counts(model, tokens)
+
+
+def _counts(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """How many tokens [rows, steps] count: up to the first end token or the one that completes a stop string."""
+    last = torch.isin(tokens, torch.tensor(model.eos_ids))
+    counts = torch.where(last.any(1), last.int().argmax(1) + 1, tokens.shape[1])
+    if not model.config.stop:
+        return counts
+    rows = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+    return torch.tensor([stop_length(model.tokenizer, row, model.config.stop) or len(row) for row in rows])
+
+
+def _stopped(model: LanguageModel, tokens: Tensor, running: Tensor) -> Tensor:
+    """Which of the running rows [rows, steps] end in a stop string."""
+    rows = zip(tokens.tolist(), running.tolist(), strict=True)
+    return torch.tensor([on and ends_in_stop(model.tokenizer, row, model.config.stop) for row, on in rows])
 
 
 def _segment(

@@ -241,7 +241,10 @@ class _Planner:
                 check_disjoint(self._problems(recipe.task, split), held_out)
 
     def _ref(self, model: ModelConfig) -> ModelRef:
-        return ModelRef(config=model, fingerprint=fingerprint(model.source, offline=self.offline))
+        found = fingerprint(model.source, offline=self.offline)
+        if model.template not in ("chat", "none"):
+            found = spec.digest([found, _file_digest(assets.fetch(model.template))])
+        return ModelRef(config=model, fingerprint=found)
 
 
 def fingerprint(source: str, *, offline: bool = False) -> str:
