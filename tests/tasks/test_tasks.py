@@ -166,7 +166,7 @@ def test_unreadable_sources_are_said(tmp_path: Path) -> None:
         load(write(tmp_path / "b.jsonl", ["[1]"]))
     with pytest.raises(ValueError):
         load(str(tmp_path / "c.jsonl"))
-    for name in ("gsm8k", None, "chains:x", "reasoning-gym", "reasoning-gym:"):
+    for name in ("gsm9k", None, "chains:x", "reasoning-gym", "reasoning-gym:"):
         with pytest.raises(ValueError, match="no task is called"):
             load_task({"name": name})
     with pytest.raises(ValueError, match=r"jsonl needs \['prompt_column', 'source'\]"):

@@ -13,6 +13,7 @@ def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
 
     - `chains`: the embedded world's task; `seed`, `sizes` of the splits.
     - `reasoning-gym:DATA_SET`: see `procedural.load`.
+    - `gsm8k`, `math`, `math500`, `aime24`, ...: see `benchmarks.load`.
     - `jsonl`, `parquet`, `hub`: rows of a file or of a Hugging Face data set; see `table.load`.
 
     Raises ValueError for an unknown name, an unknown or missing key, and for data that cannot be read as asked.
@@ -32,7 +33,14 @@ def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
             from headwater.tasks import table
 
             return table.load(kind, rest)
-    raise ValueError(f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet' or 'hub'")
+    from headwater.tasks import benchmarks
+
+    if name in benchmarks.benchmarks():
+        return benchmarks.load(str(name), rest)
+    raise ValueError(
+        f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet', 'hub' or one of "
+        f"{', '.join(benchmarks.benchmarks())}"
+    )
 
 
 def check_keys(task: str, given: Mapping[str, object], allowed: Set[str], required: Set[str] = frozenset()) -> None:

