@@ -13,7 +13,7 @@ from torch import Tensor
 from headwater.config import Optimizer
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
-from headwater.rollouts.batch import MicroBatch
+from headwater.rollouts.batch import MicroBatch, states
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """Name -> (total, count), detached; the reported value is total / count over all micro-batches and ranks, or for a name
@@ -141,7 +141,7 @@ def update(
     model.module.train(model.checkpoint_activations)
     value, failed = torch.zeros((), dtype=torch.float64), []
     for micro in micro_batches:
-        hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
+        hidden = states(model, micro)
         terms, observed = loss(hidden, model.padded_head, micro)
         # The empty sum ties the loss to the graph when every term is left out.
         total = sum((t.coef / t.denominator * t.total for t in terms if t.denominator > 0), hidden[:0].sum())

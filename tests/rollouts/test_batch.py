@@ -57,6 +57,52 @@ def test_every_token_once_aligned_within_the_budget(max_tokens: int):
         assert all(len(v) == len(c) for v, c in zip(back, batch.completions, strict=True))
 
 
+def test_layout_with_a_shared_prefix_by_hand():
+    batch = Batch([[7, 8, 9], [5, 6], [7, 8, 9], [7, 8, 9]], [[1, 2], [3], [4], [1]])
+    (micro,) = micro_batches(batch, max_tokens=14, share=True)
+    assert micro.prefixes is not None and micro.rows == [0, 1, 2, 3]
+    assert micro.prefixes.ids.tolist() == [[7, 8], [0, 5]]
+    assert micro.prefixes.attention_mask.tolist() == [[1, 1], [0, 1]]
+    assert micro.prefixes.of_row.tolist() == [0, 1, 0, 0]
+    # A row is the prompt's last token and the completion without its last.
+    assert micro.ids.tolist() == [[9, 1], [6, 0], [9, 0], [9, 0]]
+    assert micro.predicts.tolist() == [[True, True], [True, False], [True, False], [True, False]]
+    assert micro.targets.tolist() == [1, 2, 3, 4, 1]
+
+
+def test_prefixes_are_shared_only_where_it_saves_a_quarter():
+    def tokens(prompt: int, completion: int) -> tuple[bool, int]:
+        batch = Batch([list(range(prompt))] * 4, [[1] * completion] * 4)
+        (micro,) = micro_batches(batch, max_tokens=10_000, share=True)
+        return micro.prefixes is not None, micro.ids.numel()
+
+    assert tokens(9, 19) == (True, 76)  # 8 + 76 of 112
+    assert tokens(9, 20) == (False, 116)  # 8 + 80 of 116, over three quarters
+    assert tokens(1, 1) == (False, 8)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 90, 10_000])
+def test_shared_prefixes_hold_every_token_once_within_the_budget(max_tokens: int):
+    rng = random.Random(1)
+    prompts = [[rng.randrange(300) for _ in range(rng.randint(20, 30))] for _ in range(6)]
+    rows = [prompts[rng.randrange(6)] for _ in range(40)]
+    completions = [[rng.randrange(300) for _ in range(rng.randint(0, 9))] for _ in range(40)]
+    batch = Batch(rows, completions)
+    micros = micro_batches(batch, max_tokens=max_tokens, share=True)
+    assert sorted(r for m in micros for r in m.rows) == [i for i, c in enumerate(completions) if c]
+    for m in micros:
+        assert m.ids.numel() + (m.prefixes.ids.numel() if m.prefixes else 0) <= max_tokens or m.num_sequences == 1
+        assert m.targets.tolist() == [t for r in m.rows for t in completions[r]]
+        for i, r in enumerate(m.rows):
+            seen = m.ids[i].tolist()
+            if m.prefixes is not None:
+                prefix = m.prefixes.of_row[i]
+                seen = m.prefixes.ids[prefix][m.prefixes.attention_mask[prefix].bool()].tolist() + seen
+            whole = rows[r] + completions[r]
+            assert seen[: len(whole) - 1] == whole[:-1]
+    assert (max_tokens == 1) == any(m.prefixes is None for m in micros)
+
+
 def test_packing_is_not_wasteful():
     batch = Batch([[1]] * 8, [[2] * 3] * 8)
     assert [m.num_sequences for m in micro_batches(batch, max_tokens=12)] == [3, 3, 2]

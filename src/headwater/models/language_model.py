@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from headwater.config import ModelConfig
 from headwater.models import template
@@ -18,6 +19,15 @@ from headwater.types import Message
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it prepares every new shape, and lengths are new at most steps (benchmarks/README.md)."""
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Beginnings that several rows have in common, padded on the left; row i goes on from beginning `of_row[i]`."""
+
+    ids: Int[Tensor, "prefixes width"]
+    attention_mask: Int[Tensor, "prefixes width"]
+    of_row: Int[Tensor, " batch"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,13 @@ class LanguageModel:
         self,
         ids: Int[Tensor, "batch tokens"],
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Last hidden states, after the final norm: `hidden @ head.T` are the logits.
 
-        Rows padded on the right need no mask (attention is causal); padded on the left they need one.
+        Rows padded on the right need no mask (attention is causal); padded on the left they need one. With `prefixes`
+        (only where `shares_prefixes`) every row goes on from its own: the states are those of the whole rows, but each
+        prefix is computed once, and gradients flow back through its keys and values.
         """
         positions = None
         if attention_mask is not None:
@@ -77,8 +90,33 @@ class LanguageModel:
             # For good, and not in a context: activation checkpointing runs the layers again after this has returned,
             # and must meet the same kernels.
             torch.backends.cuda.enable_cudnn_sdp(False)
+        if prefixes is not None:
+            return self._continued(ids, prefixes)
         out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
         return out.to(ids.device)
+
+    def _continued(self, ids: Int[Tensor, "batch tokens"], prefixes: Prefixes) -> Float[Tensor, "batch tokens hidden"]:
+        cache, mask = DynamicCache(config=self.module.config), prefixes.attention_mask
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        self.base(
+            input_ids=prefixes.ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+        )
+        cache.batch_select_indices(prefixes.of_row)
+        begun = mask[prefixes.of_row]
+        return self.base(
+            input_ids=ids,
+            attention_mask=torch.cat([begun, torch.ones_like(ids)], 1),
+            position_ids=begun.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device),
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether `hidden` takes prefixes: every layer attends to all that came before, on one device, and is neither
+        recomputed in the backward pass nor compiled."""
+        plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.module.config).layers)
+        return plain and not (self.checkpoint_activations or self.compiled or hasattr(self.module, "hf_device_map"))
 
     @property
     def base(self) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headwater.losses.projection import token_logprobs
 from headwater.models.language_model import LanguageModel
-from headwater.rollouts.batch import Batch, MicroBatch, micro_batches, unflatten
+from headwater.rollouts.batch import Batch, MicroBatch, micro_batches, states, unflatten
 from headwater.scoring.scores import HiddenScores, TopKScores
 
 
@@ -26,8 +26,8 @@ class View:
 def score_tokens(model: LanguageModel, batch: Batch, view: View) -> list[Tensor]:
     """Log-probs of every row's completion tokens under `model`: float32, one tensor [tokens] per row."""
     parts: list[tuple[MicroBatch, Tensor]] = []
-    for micro in micro_batches(batch, max_tokens=view.max_tokens, device=model.device):
-        hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
+    for micro in micro_batches(batch, max_tokens=view.max_tokens, device=model.device, share=model.shares_prefixes):
+        hidden = states(model, micro)
         logprobs, _ = token_logprobs(
             hidden,
             model.padded_head,
@@ -43,9 +43,7 @@ def score_tokens(model: LanguageModel, batch: Batch, view: View) -> list[Tensor]
 @torch.no_grad()
 def hidden_scores(teacher: LanguageModel, micro: MicroBatch) -> HiddenScores:
     """The teacher's distributions on the micro-batch's tokens, as hidden states and LM head (never logits)."""
-    return HiddenScores(
-        teacher.hidden(micro.ids, micro.attention_mask)[micro.predicts], teacher.padded_head.to(micro.ids.device)
-    )
+    return HiddenScores(states(teacher, micro), teacher.padded_head.to(micro.ids.device))
 
 
 @torch.no_grad()
@@ -53,8 +51,8 @@ def top_k_scores(teacher: LanguageModel, batch: Batch, k: int, view: View) -> Ba
     """The batch with fields `teacher_ids`, `teacher_logprobs`, each [tokens, topk] a row: what a warmup may store."""
     ids: list[tuple[MicroBatch, Tensor]] = []
     logprobs: list[tuple[MicroBatch, Tensor]] = []
-    for micro in micro_batches(batch, max_tokens=view.max_tokens, device=teacher.device):
-        hidden = teacher.hidden(micro.ids, micro.attention_mask)[micro.predicts]
+    for micro in micro_batches(batch, max_tokens=view.max_tokens, device=teacher.device, share=teacher.shares_prefixes):
+        hidden = states(teacher, micro)
         top = [
             (teacher.logits(chunk).float() / view.temperature).log_softmax(-1).topk(k)
             for chunk in hidden.split(view.chunk_tokens)

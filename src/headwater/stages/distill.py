@@ -69,7 +69,8 @@ def train(
             loss = sampled_loss(settings, student.vocab_size, denominator, ex.chunk_tokens)
         else:
             loss = dense_loss(settings, teacher, student.vocab_size, denominator, run)
-        micros = micro_batches(mine, max_tokens=ex.micro_batch_tokens, device=student.device)
+        share = student.shares_prefixes and (teacher is None or teacher.shares_prefixes)
+        micros = micro_batches(mine, max_tokens=ex.micro_batch_tokens, device=student.device, share=share)
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm

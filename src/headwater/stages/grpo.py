@@ -231,7 +231,9 @@ def _update_epochs(
     with run.meter.timed("trained"), run.guarded():
         for part in parts:
             part, denominator = weigh(part, settings, run.mesh)
-            micros = micro_batches(part, max_tokens=ex.micro_batch_tokens, device=policy.device)
+            micros = micro_batches(
+                part, max_tokens=ex.micro_batch_tokens, device=policy.device, share=policy.shares_prefixes
+            )
             loss = policy_loss(settings, ex, policy.vocab_size, denominator)
             observed.append(
                 update(

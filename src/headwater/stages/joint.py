@@ -55,7 +55,8 @@ def train(
         part, denominator = weigh(batch.shard(mesh), settings, mesh)
         dense = dense_loss(settings, teacher, student.vocab_size, tokens, run)
         sparse = policy_loss(settings, ex, student.vocab_size, denominator)
-        micros = micro_batches(part, max_tokens=ex.micro_batch_tokens, device=student.device)
+        share = student.shares_prefixes and teacher.shares_prefixes
+        micros = micro_batches(part, max_tokens=ex.micro_batch_tokens, device=student.device, share=share)
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
