@@ -51,7 +51,8 @@ def cut(model: PreTrainedModel, drop: Sequence[int]) -> PreTrainedModel:
     assert isinstance(layers, torch.nn.ModuleList)
     small.base_model.layers = torch.nn.ModuleList([layers[i] for i in keep])
     for place, layer in enumerate(small.base_model.layers):
-        layer.self_attn.layer_idx = place  # the place of its keys and values in a cache
+        assert isinstance(layer.self_attn, torch.nn.Module)
+        layer.self_attn.layer_idx = place  # pyright: ignore -- a plain int: the place of its keys and values in a cache
     small.config.num_hidden_layers = len(keep)
     if getattr(small.config, "layer_types", None):
         small.config.layer_types = [small.config.layer_types[i] for i in keep]
