@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import headwater
-from headwater.config import ModelConfig
-from headwater.models.language_model import LanguageModel, load_model, wrap
+from headwater.config import LoRA, ModelConfig
+from headwater.models.language_model import LanguageModel, adapt, load_model, wrap
 from headwater.tasks.chains import Chains
 from headwater.types import Problem, Verdict
 
@@ -62,7 +62,7 @@ def make_model(pretrain_world: ModuleType, tokenizer: PreTrainedTokenizerBase) -
     """A random model in memory: `make_model(seed, rung="32x2", dtype=..., scale=..., trained=..., stops=..., ...)`.
 
     `scale` multiplies the initial matrices: peaked distributions that depend on all of the context. The head has rows
-    beyond the tokenizer's.
+    beyond the tokenizer's. With `lora` only adapters are trained.
     """
 
     def make(
@@ -75,6 +75,7 @@ def make_model(pretrain_world: ModuleType, tokenizer: PreTrainedTokenizerBase) -
         stops: tuple[str, ...] = STOPS,
         compute: str = "float32",
         template: str = "chat",
+        lora: LoRA | None = None,
     ) -> LanguageModel:
         module = pretrain_world.build_model(rung, tokenizer, seed).to(dtype).eval().requires_grad_(trained)
         with torch.no_grad():
@@ -84,7 +85,18 @@ def make_model(pretrain_world: ModuleType, tokenizer: PreTrainedTokenizerBase) -
         config = ModelConfig.model_validate(
             {"source": f"random:{seed}", "dtype": compute, "stop_tokens": stops, "template": template}
         )
-        return wrap(module, tokenizer, config)
+        model = wrap(module, tokenizer, config)
+        if lora is None:
+            return model
+        # Frozen weights are loaded in the compute dtype; B is not left at 0, or A would have no gradient yet.
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype if compute == "float32" else getattr(torch, compute))
+        model = adapt(model, lora, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model
 
     return make
 

@@ -57,6 +57,7 @@ def refused(done: Result, *parts: str, code: int = 2) -> str:
         (["pool.max_reveals=1"], ["up to 4 answers", "max_reveals = 1", "raise the budget"]),
         (["evaluations.rows.split=train"], ["training prompts are also test prompts", "remove them from one side"]),
         (["execution.device=gpu"], ["execution.device = 'gpu'", "this machine has ['cpu'"]),
+        (["stages.warmup.lora.targets=['wq']"], ["lora.targets ['wq'] are not in this model", "'q_proj'"]),
         (["models.student.stop_tokens=['no such token']"], ["stop token 'no such token'"]),
     ],
 )
@@ -133,6 +134,10 @@ def test_missing_extras_are_named(recipe: Path, tmp_path: Path, monkeypatch: pyt
         without(patch, "datasets")
         done = run(recipe, tmp_path, "task.name=hub", "task.source=hf:owner/name#train")
         refused(done, "needs the extra 'hub'", "pip install 'headwater[hub]'")
+    with monkeypatch.context() as patch:
+        without(patch, "peft")
+        done = run(recipe, tmp_path / "peft", "stages.warmup.lora.rank=4")
+        refused(done, "lora needs peft: pip install 'headwater[lora]'")
 
 
 class Crash(KeyboardInterrupt):

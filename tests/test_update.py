@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 
-from headwater.config import GRPO, Distill, Execution, Optimizer
+from headwater.config import GRPO, Distill, Execution, LoRA, Optimizer
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
@@ -132,9 +132,16 @@ def exact_norm(self, x: torch.Tensor) -> torch.Tensor:
     return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
+@pytest.fixture(scope="module")
+def lora64(make_model) -> LanguageModel:
+    return make_model(0, dtype=torch.float64, stops=(), lora=LoRA(rank=4, alpha=8))
+
+
+@pytest.mark.parametrize("weights", ["model64", "lora64"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
-def test_grpo_update_does_not_depend_on_the_cut(model64, aggregate, ratio):
+def test_grpo_update_does_not_depend_on_the_cut(request, weights, aggregate, ratio):
+    model64 = request.getfixturevalue(weights)
     settings = grpo(aggregate=aggregate, ratio=ratio, overlong="mask")
     start = model64.module.state_dict()
     want, want_metrics = grpo_step(settings, model64, CUTS["one"])
@@ -202,6 +209,21 @@ def other_losses(model: LanguageModel, teacher: LanguageModel, denominator: floa
     return losses
 
 
+@pytest.mark.parametrize("kind", ["sft", "reverse_kl", "sampled_token"])
+def test_updates_of_adapters_do_not_depend_on_the_cut(lora64, make_model, tmp_path, kind):
+    teacher = make_model(1, "48x2", dtype=torch.float64, trained=False, stops=())
+    results = {}
+    for name, cut in CUTS.items():
+        model = replace(lora64, module=copy.deepcopy(lora64.module))
+        optimizer = AdamW(model, SETTINGS)
+        loss = other_losses(model, teacher, float(sum(LENGTHS)), tmp_path)[kind]
+        batch = cut(make_batch(model.vocab_size))
+        update(model, optimizer, batch, loss, lr=1e-2, max_grad_norm=math.inf, mesh=Mesh())
+        results[name] = {n: optimizer.inner.state[m]["exp_avg"] for n, m in optimizer.masters.items()}
+    for gradients in results.values():
+        assert_same_weights(gradients, results["one"])
+
+
 @pytest.mark.parametrize("kind", ["sft", "reverse_kl", "forward_kl", "jsd", "sampled_token", "sampled_sequence"])
 def test_other_updates_do_not_depend_on_the_cut_and_equal_a_naive_computation(model64, make_model, tmp_path, kind):
     teacher = make_model(1, "48x2", dtype=torch.float64, trained=False, stops=())
@@ -254,6 +276,31 @@ def test_metrics_named_max_are_the_largest_over_micro_batches(model64):
         float((o - s).abs().max()) for o, s in zip(batch.fields["old"], batch.fields["sampler"], strict=True) if len(o)
     )
     assert together["policy/sampler_mismatch_max"] == apart["policy/sampler_mismatch_max"] == pytest.approx(worst)
+
+
+def test_adapters_are_stepped_along_the_exact_gradient(model64, lora64):
+    """W = W0 + s B A: what AdamW remembers of dL/dB and dL/dA is s G A^T and s B^T G, G = dL/dW of a full update."""
+    model = replace(lora64, module=copy.deepcopy(lora64.module))
+    dense = replace(model64, module=copy.deepcopy(model64.module))
+    layers = {n: m for n, m in model.module.named_modules() if hasattr(m, "lora_A")}
+    factors = {n: (m.lora_A.default.weight.detach(), m.lora_B.default.weight.detach()) for n, m in layers.items()}
+    frozen = {n: p.clone() for n, p in model.module.named_parameters() if not p.requires_grad}
+    for name, (a, b) in factors.items():
+        dense.module.get_submodule(name).weight.data += 2 * b @ a
+    gradients = []
+    for trained in (model, dense):
+        optimizer = AdamW(trained, SETTINGS)
+        loss = token_loss(model.vocab_size, float(sum(LENGTHS)), 3)
+        batch = CUTS["two"](make_batch(model.vocab_size))
+        update(trained, optimizer, batch, loss, lr=0.0, max_grad_norm=math.inf, mesh=Mesh())
+        gradients.append({n: optimizer.inner.state[m]["exp_avg"] / 0.2 for n, m in optimizer.masters.items()})
+    for name, (a, b) in factors.items():
+        g = gradients[1][f"{name}.weight"]
+        torch.testing.assert_close(gradients[0][f"{name}.lora_B.default.weight"], 2 * g @ a.T, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradients[0][f"{name}.lora_A.default.weight"], 2 * b.T @ g, rtol=1e-9, atol=1e-12)
+    assert len(gradients[0]) == 28 and max(float(g.abs().max()) for g in gradients[0].values()) > 1e-3
+    now = dict(model.module.named_parameters())
+    assert all(torch.equal(now[n], p) and now[n].grad is None for n, p in frozen.items())
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])

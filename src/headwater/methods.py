@@ -53,6 +53,17 @@ class Optimizer(Frozen):
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
+class LoRA(Frozen):
+    """Low-rank adapters (arXiv:2106.09685): a frozen W is run as W + alpha / rank B A, and A and B are trained."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Names of linear layers, such as `q_proj`; `all-linear` is every one but the LM head."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the adapters' inputs in the update; sampler and scores are without."""
+
+
 class Method(Frozen):
     """What every method needs: how many updates, how long a completion, the optimizer."""
 
@@ -64,6 +75,8 @@ class Method(Frozen):
     top_p: float = 1.0
     top_k: int = 0
     optimizer: Optimizer
+    lora: LoRA | None = None
+    """Train adapters and merge them at the end of the stage; unset = train all weights."""
 
     @model_validator(mode="after")
     def _no_truncated_sampling(self) -> Method:

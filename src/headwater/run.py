@@ -23,6 +23,7 @@ from headwater.ledger import Ledger
 from headwater.mesh import Mesh
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel
+from headwater.models.lora import merged, save_adapter
 from headwater.types import Rollout, Verdict
 from headwater.update import AdamW, NonFiniteError
 
@@ -145,11 +146,20 @@ class StageRun:
 
 
 def save_model(model: LanguageModel, optimizer: AdamW, directory: Path) -> None:
-    """Write the trained model as a Hugging Face directory with its tokenizer: float32 masters, whole or not at all."""
-    aside = directory.with_name(f".{directory.name}")
+    """Write the trained model as a Hugging Face directory with its tokenizer: float32 masters, whole or not at all.
+
+    Adapters are merged into the weights they were trained on, in float32, and kept beside as `adapter`.
+    """
+    aside, adapter = directory.with_name(f".{directory.name}"), directory.with_name("adapter")
     optimizer.unround()
     try:
-        model.module.save_pretrained(aside)
+        module = model.module
+        if model.lora is not None:
+            assert model.directory is not None
+            shutil.rmtree(adapter, ignore_errors=True)
+            save_adapter(module, adapter)
+            module = merged(model.directory, adapter)
+        module.save_pretrained(aside)
         model.tokenizer.save_pretrained(aside)
     except Exception as error:
         if checkpoint._is_full(error):

@@ -74,6 +74,11 @@ class AdamW:
         self.zero()
         self._round()
 
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return max((int(slots["step"]) for slots in self.inner.state.values()), default=0)
+
     def zero(self) -> None:
         self.inner.zero_grad(set_to_none=True)
 
@@ -137,8 +142,12 @@ def update(
     Raises NonFiniteError, on every rank and before the weights change, when a loss or the gradient is not finite.
     """
     metrics: Metrics = {}
-    # Activation checkpointing is active in train mode only; sampling needs eval mode, for its cache.
-    model.module.train(model.checkpoint_activations)
+    dropout = model.lora is not None and model.lora.dropout > 0
+    if dropout:
+        # By the number of updates, so that a resumed stage drops what it would have dropped.
+        torch.manual_seed(optimizer.steps * mesh.size + mesh.rank)
+    # Activation checkpointing and dropout act in train mode only; sampling needs eval mode, for its cache.
+    model.module.train(model.checkpoint_activations or dropout)
     value, failed = torch.zeros((), dtype=torch.float64), []
     for micro in micro_batches:
         hidden = states(model, micro)

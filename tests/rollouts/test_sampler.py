@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from headwater.config import LoRA
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts import streams
 from headwater.rollouts.batch import Batch
@@ -78,13 +79,18 @@ def test_streams_and_repeated_problems_give_other_rollouts(rollouts, mixed, mode
     assert_same(TransformersSampler(model).sample(mixed[:1], replace(SAMPLING, group_size=6)), twice[:3] + twice[6:])
 
 
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("max_tokens", [100_000, 100])
-def test_sampler_and_trainer_agree_on_log_probs(mixed, model, temperature, max_tokens):
+def test_sampler_and_trainer_agree_on_log_probs(make_model, mixed, lora, temperature, max_tokens):
+    model = make_model(0, trained=False, lora=lora)
     drawn = TransformersSampler(model).sample(mixed, replace(SAMPLING, temperature=temperature))
     scored = score_tokens(model, Batch.of(drawn), View(temperature, max_tokens, chunk_tokens=7))
     gap = max(float((torch.tensor(r.sampler_logprobs) - s).abs().max()) for r, s in zip(drawn, scored, strict=True))
     assert gap < 1e-5
+    if lora:
+        model = replace(model, without_adapters=True)
+        temperature -= 0.1  # the adapters alone make the difference
     wrong = score_tokens(model, Batch.of(drawn), View(temperature + 0.1, max_tokens, 7))
     assert (
         max(float((torch.tensor(r.sampler_logprobs) - s).abs().max()) for r, s in zip(drawn, wrong, strict=True)) > 0.1

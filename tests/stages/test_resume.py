@@ -1,6 +1,7 @@
 """A stage that was stopped and resumed is bit for bit the one that never stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ CASES = {
     "sft": SFT.model_validate(ROLLOUTS | {"keep": "wrong", "rollouts_per_problem": 3}),
     "sft solutions": SFT.model_validate(ROLLOUTS | {"tokens": "solutions"}),
 }
+SHORT = ("grpo with everything", "warmup", "distill", "joint", "sft")
+LORA = {"lora": {"rank": 4, "dropout": 0.2}}
+CASES |= {f"lora {name}": type(s).model_validate(s.model_dump() | LORA) for name, s in CASES.items() if name in SHORT}
 
 
 class Stop(Exception):
@@ -56,7 +60,7 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
             raise Stop
         return {"norm": model.head.detach().norm().item()}
 
-    model = make_model(0, compute=compute)
+    model = make_model(0, compute=compute, lora=settings.lora)
     other = make_model(1, "32x2" if settings.method == "grpo" else "48x2", trained=False)
     run = StageRun(
         directory,
@@ -71,6 +75,7 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
                 joint.train(settings, student=model, teacher=other, grade=grade, **shared)
             case GRPO():
                 reference = other if settings.kl_coef else None
+                reference = replace(model, without_adapters=True) if settings.lora and reference else reference
                 grpo.train(settings, policy=model, grade=grade, reference=reference, **shared)
             case Distill():
                 teacher = None if settings.divergence == "constant" else other
@@ -88,7 +93,7 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, tmp_path):
     solved = [type(p)(p.messages, p.answer, {"solution": f"{p.answer}."}) for p in problems]
-    compute = "bfloat16" if name in ("distill", "grpo with everything") else "float32"
+    compute = "bfloat16" if name in ("distill", "grpo with everything", "lora grpo with everything") else "float32"
 
     def go(directory: str, stop: int | None = None):
         settings = CASES[name]
@@ -100,7 +105,7 @@ def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, 
     resumed = go("stopped")
     assert straight is not None and resumed is not None
 
-    start = dict(make_model(0, compute=compute).module.named_parameters())
+    start = dict(make_model(0, compute=compute, lora=CASES[name].lora).module.named_parameters())
     for (key, want), got in zip(straight[0].module.named_parameters(), resumed[0].module.parameters(), strict=True):
         assert torch.equal(want, got), key
     assert any(not torch.equal(p, start[n].to(p.dtype)) for n, p in straight[0].module.named_parameters())
@@ -120,8 +125,8 @@ def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, 
     assert straight[1].meter.state().keys() == resumed[1].meter.state().keys()
     assert straight[1].ledger.revealed == resumed[1].ledger.revealed
     labels = {"grpo", "grpo with everything", "warmup correct", "joint", "sft", "sft solutions"}
-    assert (straight[1].ledger.revealed > 0) == (name in labels)
-    if name == "grpo with everything":
+    assert (straight[1].ledger.revealed > 0) == (name.removeprefix("lora ") in labels)
+    if "everything" in name:
         assert sum(row["reward/groups_redrawn"] for row in lines(tmp_path / "stopped" / "metrics.jsonl")) > 0
 
 

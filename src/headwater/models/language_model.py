@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from headwater.config import ModelConfig
+from headwater.config import LoRA, ModelConfig
 from headwater.models import template
+from headwater.models.lora import add_adapters, check_installed, without_adapters
 from headwater.types import Message
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -46,6 +48,12 @@ class LanguageModel:
     """Recompute activations in the backward pass: less memory, a third more arithmetic."""
     compiled: bool = False
     """Decoder layers are compiled (`compile_layers`), for training and scoring; the sampler runs them as written."""
+    lora: LoRA | None = None
+    """Only adapters are trained, on weights that stay as they are in `directory`."""
+    directory: Path | None = None
+    """Where the weights were read from."""
+    without_adapters: bool = False
+    """Run the frozen weights alone: the reference of a policy that shares its module."""
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +79,11 @@ class LanguageModel:
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
+    @property
+    def num_trained(self) -> int:
+        """Parameters that have gradients and optimizer state: all of them, or those of the adapters."""
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
     def hidden(
         self,
         ids: Int[Tensor, "batch tokens"],
@@ -90,9 +103,10 @@ class LanguageModel:
             # For good, and not in a context: activation checkpointing runs the layers again after this has returned,
             # and must meet the same kernels.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        if prefixes is not None:
-            return self._continued(ids, prefixes)
-        out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
+        with without_adapters(self.module) if self.without_adapters else nullcontext():
+            if prefixes is not None:
+                return self._continued(ids, prefixes)
+            out = self.base(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
         return out.to(ids.device)
 
     def _continued(self, ids: Int[Tensor, "batch tokens"], prefixes: Prefixes) -> Float[Tensor, "batch tokens hidden"]:
@@ -146,15 +160,21 @@ def load_model(
     checkpoint_activations: bool = False,
     spread: bool = False,
     compile: bool = False,
+    lora: LoRA | None = None,
+    seed: str | int = 0,
 ) -> LanguageModel:
     """Load a Hugging Face directory (or a snapshot of one).
 
     A frozen model is loaded in `config.dtype` and, with `spread`, laid out over all GPUs; one to be trained in float32,
-    from which `update.AdamW` takes its masters. `compile` acts on CUDA only.
-    Raises ValueError when the tokenizer has no template, no end token, or more tokens than the model has rows, and when
-    the logits are not `hidden @ head.T` (a soft-cap or a bias the losses would miss).
+    from which `update.AdamW` takes its masters, or with `lora` frozen, under adapters drawn by `seed`. `compile` acts
+    on CUDA only.
+    Raises ValueError as `adapt` does, when the tokenizer has no template, no end token, or more tokens than the model
+    has rows, and when the logits are not `hidden @ head.T` (a soft-cap or a bias the losses would miss).
     """
+    if lora is not None:
+        check_installed()
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    trained = trained and lora is None
     dtype = torch.float32 if trained else getattr(torch, config.dtype)
     placed = {"device_map": "auto"} if spread else {}
     module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **placed)
@@ -163,8 +183,17 @@ def load_model(
     module = module.eval().requires_grad_(trained)
     if checkpoint_activations:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-    model = replace(wrap(module, tokenizer, config), checkpoint_activations=checkpoint_activations)
+    model = wrap(module, tokenizer, config)
+    model = replace(model, checkpoint_activations=checkpoint_activations, directory=directory)
+    model = model if lora is None else adapt(model, lora, seed)
     return compile_layers(model) if compile and model.device.type == "cuda" and not spread else model
+
+
+def adapt(model: LanguageModel, settings: LoRA, seed: str | int) -> LanguageModel:
+    """The model, its weights frozen, with new adapters put into its module; raises as `lora.add_adapters` does."""
+    model.module.requires_grad_(False)
+    add_adapters(model.module, settings, seed)
+    return replace(model, lora=settings)
 
 
 def compile_layers(model: LanguageModel) -> LanguageModel:

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,10 @@ def select(problems: Problems) -> list[Problem]:
     return chosen
 
 
-def open_model(ref: ModelRef, store: Store, execution: Execution, *, trained: bool = False) -> LanguageModel:
-    """The model behind a reference, from the store or from its source."""
+def open_model(
+    ref: ModelRef, store: Store, execution: Execution, *, trained: bool = False, stage: StageSpec | None = None
+) -> LanguageModel:
+    """The model behind a reference, from the store or from its source; with adapters where `stage` trains those."""
     directory = store.model(ref.stage) if ref.stage is not None else model_directory(ref.config.source)
     return load_model(
         ref.config,
@@ -122,6 +124,8 @@ def open_model(ref: ModelRef, store: Store, execution: Execution, *, trained: bo
         checkpoint_activations=trained and execution.gradient_checkpointing,
         spread=not trained and execution.spread_teacher,
         compile=execution.compile,
+        lora=stage and stage.settings.lora,
+        seed=f"{stage.label} {stage.seed}" if stage else 0,
     )
 
 
@@ -202,7 +206,7 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
     node, execution = job.spec, job.execution
     assert isinstance(node, StageSpec)
     problems = select(node.problems)
-    policy = open_model(node.start, store, execution, trained=True)
+    policy = open_model(node.start, store, execution, trained=True, stage=node)
     graders = [_grader(node.grader, execution)] if node.grader else []
     monitor_pool = [_grader(job.monitor.grader, execution)] if job.monitor and execution.eval_every else []
     run = StageRun(
@@ -246,7 +250,7 @@ def _dispatch(
                 grade=grade,
                 seed=node.seed,
                 run=run,
-                reference=open_model(node.start, store, run.execution) if settings.kl_coef else None,
+                reference=_reference(node, policy, store, run.execution) if settings.kl_coef else None,
                 max_flops=total([store.outcome(k)["meter"] for k in node.match])["flops"] if node.match else None,
             )
         case Warmup() as settings:
@@ -260,6 +264,11 @@ def _dispatch(
             return sft.train(
                 settings, student=policy, problems=problems, seed=node.seed, run=run, teacher=teacher, grade=grade
             )
+
+
+def _reference(node: StageSpec, policy: LanguageModel, store: Store, execution: Execution) -> LanguageModel:
+    """The model that the stage starts from: under the adapters it is still there."""
+    return replace(policy, without_adapters=True) if policy.lora else open_model(node.start, store, execution)
 
 
 def _monitor(monitor: EvaluationSpec, policy: LanguageModel, pool: GraderPool):

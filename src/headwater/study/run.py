@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from headwater.checkpoint import write_atomically
 from headwater.config import Recipe, load_recipe
 from headwater.models.language_model import check_same_tokens
+from headwater.models.lora import check_targets
 from headwater.run import lease
 from headwater.spec import StageSpec, parents
 from headwater.stages.node import Job, check_device, environment, model_directory, run_node
@@ -62,6 +63,7 @@ def run(
         if not all(map(store.is_done, graph.nodes)):
             check_device(recipe.execution.device)
             check_tokenizers(recipe)
+            check_adapters(graph)
         jobs = to_jobs(recipe, graph)
         if strict and (differing := executed_otherwise(jobs, store)):
             key, names = next(iter(differing.items()))
@@ -176,6 +178,14 @@ def check_tokenizers(recipe: Recipe) -> None:
     for source in dict.fromkeys(taught):
         ours, theirs = (AutoTokenizer.from_pretrained(model_directory(name)) for name in (student, source))
         check_same_tokens(ours, theirs, names=(student, source))
+
+
+def check_adapters(graph: Graph) -> None:
+    """ValueError now, not after the teacher's training, without peft and for targets that a model does not have."""
+    stages = [node for node in graph.nodes.values() if isinstance(node, StageSpec)]
+    for lora, source in {(s.settings.lora, s.start.config.source) for s in stages}:
+        if lora is not None:
+            check_targets(lora, model_directory(source))
 
 
 def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
