@@ -120,7 +120,10 @@ def assert_same_weights(a: dict, b: dict, atol: float = 1e-10) -> None:
 
 @pytest.fixture(scope="module")
 def model64(make_model) -> LanguageModel:
-    model = make_model(0, dtype=torch.float64, stops=())
+    return exactly(make_model(0, dtype=torch.float64, stops=()))
+
+
+def exactly(model: LanguageModel) -> LanguageModel:
     for module in model.module.modules():
         if type(module).__name__.endswith("RMSNorm"):
             # As shipped it rounds to float32, which makes 1e-7 of a last bit.
@@ -134,7 +137,7 @@ def exact_norm(self, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def lora64(make_model) -> LanguageModel:
-    return make_model(0, dtype=torch.float64, stops=(), lora=LoRA(rank=4, alpha=8))
+    return exactly(make_model(0, dtype=torch.float64, stops=(), lora=LoRA(rank=4, alpha=8)))
 
 
 @pytest.mark.parametrize("weights", ["model64", "lora64"])
