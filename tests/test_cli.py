@@ -116,6 +116,7 @@ def test_eval_prints_json(ran: Path, tmp_path: Path):
     row = results["arms"]["direct"]["seeds"]["0"]
     model = Store(ran / "store").model(row["stages"][-1])
     command = [*miniature.HEADWATER, "eval", str(model), str(ran / "recipe.toml"), "--store", str(tmp_path), *SMALL]
+    command += ["--format", "json"]
     done = subprocess.run(command, check=True, env=miniature.environment(), capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert set(found) == {"rows"} and found["rows"]["avg@k"] == row["evals"]["rows"]["avg@k"]

@@ -92,18 +92,52 @@ def tune(
 @app.command(name="eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="A model source (hf:, file:, wheel:, world:) or a path.")],
-    recipe: Annotated[Path, typer.Argument(help="The recipe whose evaluations to use.")],
+    targets: Annotated[
+        list[str], typer.Argument(help="A recipe, whose evaluations to use, or benchmarks.", metavar="TARGET...")
+    ],
+    samples: Annotated[int | None, typer.Option(help="A problem, for avg@k, pass@k, maj@k.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default 512.")] = None,
+    problems: Annotated[int | None, typer.Option(help="The first so many (default: all).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default 0 with one sample, else 1.")] = None,
+    template: Annotated[str | None, typer.Option(help="chat, or none for a base model.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Worked examples before each problem.")] = None,
     set_: Sets = None,
     seed: Annotated[int, typer.Option(help="Of the sampling streams.")] = 0,
     store: StoreDir = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for results.json and the samples.")] = None,
+    lm_eval: Annotated[Path | None, typer.Option(help="Directory for files as lm-evaluation-harness has them.")] = None,
+    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
 ) -> None:
-    """Evaluate a model on a recipe's evaluations; prints JSON."""
+    """Evaluate a model on a recipe's evaluations or on benchmarks; the same command goes on where it was stopped."""
     with _explained():
-        loaded = load_recipe(recipe, set_ or [])
-        from headwater.study.run import evaluate_model
+        if form not in ("text", "json"):
+            raise ValueError(f"--format {form}: use text or json")
+        from headwater.report.measured import print_measured, write_lm_eval, write_measured
+        from headwater.report.terminal import Progress
+        from headwater.study.measure import evaluate_model, of_benchmarks
 
-        found = evaluate_model(model, loaded, seed, _store(store))
-        typer.echo(json.dumps(found, indent=1))
+        asked = {"samples": samples, "max_new_tokens": max_new_tokens, "problems": problems, "temperature": temperature}
+        given = {name: value for name, value in asked.items() if value is not None}
+        prompting = {"template": template} if template else {}
+        if any(target.endswith(".toml") for target in targets):
+            if len(targets) > 1 or given or prompting or shots is not None:
+                raise ValueError("a recipe stands alone and says itself how to sample: change it with --set")
+            recipe = load_recipe(Path(targets[0]), set_ or [])
+        else:
+            task = {} if shots is None else {"shots": shots}
+            given = {"max_new_tokens": 512, **given}
+            recipe = of_benchmarks(targets, task=task, evaluation=given, model=prompting, overrides=set_ or [])
+        with Progress(Console(stderr=True, highlight=False), recipe) as progress:
+            watch = {"on_event": progress.on_event, "on_plan": progress.on_plan}
+            found = evaluate_model(model, recipe, seed, _store(store), **watch)
+        if out:
+            write_measured(found, out)
+        if lm_eval:
+            write_lm_eval(found, lm_eval)
+        if form == "json":
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            print_measured(console, model, found)
 
 
 @app.command()

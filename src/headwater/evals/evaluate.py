@@ -1,10 +1,10 @@
-"""avg@k and pass@k of one model on held-out problems, with every sample's verdict kept."""
+"""avg@k, pass@k and maj@k of one model on held-out problems, with every sample's verdict kept."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import numpy as np
 
 from headwater.checkpoint import write_atomically
 from headwater.config import Evaluation
-from headwater.evals.statistics import pass_at_k
+from headwater.evals.statistics import majority, pass_at_k
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.spec import EvaluationSpec
+from headwater.tasks.benchmarks import provenance
 from headwater.types import Grade, Problem, Rollout, Verdict
 
 BATCH = 64
@@ -32,13 +34,15 @@ def evaluate(
     meter: Meter,
     max_tokens: int = 262_144,
     directory: Path | None = None,
+    on_batch: Callable[[int, dict[str, float]], None] = lambda done, metrics: None,
 ) -> dict[str, Any]:
     """Sample `settings.samples` completions of every problem and grade them.
 
-    Returns `{"avg@k", "k", "num_problems", "pass@k": {k: x}, "parsed", "truncated", "reasons", "styles",
-    "per_problem"}`; `per_problem[i]` is the share of right samples of problem i. With a `directory`, finished batches
-    of 64 problems are kept there and an interrupted evaluation goes on after them. Random numbers depend on (seed,
-    problem, sample) alone.
+    Returns `{"avg@k", "k", "num_problems", "pass@k": {k: x}, "maj@k", "parsed", "truncated", "reasons", "styles",
+    "per_problem"}`; `per_problem[i]` is the share of right samples of problem i; `maj@k` is None when the grader tells
+    no answers. With a `directory`, finished batches of 64 problems are kept there and an interrupted evaluation goes on
+    after them. Random numbers depend on (seed, problem, sample) alone. `on_batch` gets the number of problems done and
+    the scores so far.
     """
     rows: list[dict[str, Any]] = []
     path = directory / "samples.jsonl" if directory else None
@@ -82,7 +86,25 @@ def evaluate(
             )
         if path is not None:
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        so_far = summary(rows, settings.samples)
+        on_batch(len(rows), {"eval/avg@k": so_far["avg@k"], "eval/truncated": so_far["truncated"]})
     return summary(rows, settings.samples)
+
+
+def protocol(node: EvaluationSpec) -> dict[str, Any]:
+    """What the number of an evaluation depends on besides the weights: to be named wherever it is quoted."""
+    prompting = node.start.config.model_dump(mode="json", exclude={"source"})
+    return {
+        "model": node.start.name,
+        **prompting,
+        **node.settings.model_dump(mode="json", exclude={"task", "problems"}),
+        "seed": node.seed,
+        "grader": node.grader,
+        "revision": node.revision,
+        "task": node.problems.task,
+        "digest": node.problems.digest,
+        **provenance(node.problems.task),
+    }
 
 
 def mark_truncated(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout]) -> list[Verdict]:
@@ -101,6 +123,7 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
     correct = np.array([row["correct"] for row in rows], dtype=float)
     flat = [(c, s) for row in rows for c, s in zip(row["correct"], row["styles"], strict=True)]
     styles = Counter(style for _, style in flat if style)
+    told = any(answer is not None for row in rows for answer in row["answers"])
     return {
         "avg@k": float(correct.mean()),
         "k": samples,
@@ -109,6 +132,7 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
             str(k): float(np.mean([pass_at_k(samples, int(c), k) for c in correct.sum(1)]))
             for k in sorted({1, samples} | {2**i for i in range(samples.bit_length()) if 2**i <= samples})
         },
+        "maj@k": float(np.mean([majority(row["answers"], row["correct"]) for row in rows])) if told else None,
         "parsed": float(np.mean([row["parsed"] for row in rows])),
         "truncated": 1.0 - float(np.mean([row["finished"] for row in rows])),
         "reasons": dict(Counter(reason for row in rows for reason in row["reasons"])),

@@ -7,6 +7,7 @@ docs/statistics.md has the formulas and the measured coverage.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -216,6 +217,25 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} needs at least {k} samples (k >= 1), given {num_samples}")
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
+
+
+def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
+    """Probability that the answer most samples agree on is right (maj@k; Wang et al. 2022, self-consistency).
+
+    One vote a sample; equal answers vote together. A tie is decided by chance, so its expected value counts. Samples
+    without an answer (None) have no vote unless none has one. Raises ValueError without any sample.
+    """
+    if not answers or len(answers) != len(correct):
+        raise ValueError(f"{len(answers)} answers and {len(correct)} verdicts: give one of each for every sample")
+    votes: dict[str | None, list[bool]] = defaultdict(list)
+    for answer, right in zip(answers, correct, strict=True):
+        votes[answer].append(right)
+    if len(votes) > 1:
+        votes.pop(None, None)
+    most = max(map(len, votes.values()))
+    # The same spelling can be judged twice differently, when a grader ran out of time.
+    winners = [sum(rights) / len(rights) for rights in votes.values() if len(rights) == most]
+    return sum(winners) / len(winners)
 
 
 def _variance(

@@ -24,7 +24,7 @@ from headwater.study.forecast import Forecast, forecast
 from headwater.study.graph import Graph, most_reveals
 from headwater.study.run import executed_otherwise, to_jobs
 
-SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "tokens/s")
+SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "eval/avg@k", "tokens/s")
 PLAIN_EVERY_S = 10.0
 
 

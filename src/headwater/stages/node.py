@@ -77,7 +77,7 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
         notes = directory / "error.txt"
         try:
             if isinstance(job.spec, EvaluationSpec):
-                outcome |= _evaluate(job.spec, job.execution, store, directory)
+                outcome |= _evaluate(job.spec, job.execution, store, directory, on_log)
             else:
                 outcome |= _train(job, store, directory, on_log)
         except Exception:
@@ -184,7 +184,9 @@ def _grader(grader: str, execution: Execution) -> GraderPool:
     )
 
 
-def _evaluate(node: EvaluationSpec, execution: Execution, store: Store, directory: Path) -> dict[str, Any]:
+def _evaluate(
+    node: EvaluationSpec, execution: Execution, store: Store, directory: Path, on_log: OnLog | None
+) -> dict[str, Any]:
     problems = select(node.problems)
     model = open_model(node.start, store, execution)
     meter = Meter()
@@ -198,6 +200,7 @@ def _evaluate(node: EvaluationSpec, execution: Execution, store: Store, director
             meter=meter,
             max_tokens=execution.sampler_tokens,
             directory=directory,
+            on_batch=lambda done, metrics: on_log(done, len(problems), metrics) if on_log else None,
         )
     return {"result": result, "meter": meter.state()}
 

@@ -231,7 +231,9 @@ class _Planner:
 
     def _check_data(self) -> None:
         recipe = self.recipe
-        used = ["train"] + (["unlabelled"] if any(a.prompts == "unlabelled" for a in recipe.arms.values()) else [])
+        # A recipe without arms only measures.
+        used = ["train"] if recipe.arms else []
+        used += ["unlabelled"] if any(a.prompts == "unlabelled" for a in recipe.arms.values()) else []
         for name, settings in recipe.evaluations.items():
             task = settings.task or recipe.task
             held_out = self._draw(task, settings.split, settings.problems, None, f"evaluation {name!r}")

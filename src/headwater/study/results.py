@@ -12,6 +12,7 @@ import numpy as np
 from headwater.arms import StageName
 from headwater.checkpoint import write_atomically
 from headwater.config import Recipe, arm_stages
+from headwater.evals.evaluate import protocol
 from headwater.evals.statistics import (
     gap_recovery,
     holm,
@@ -23,6 +24,7 @@ from headwater.evals.statistics import (
     verdict,
 )
 from headwater.meter import total
+from headwater.spec import EvaluationSpec
 from headwater.store import Store
 from headwater.study.graph import Graph
 
@@ -58,7 +60,9 @@ class _Reader:
             result = dict(self.outcome(key)["result"])
             file = f"evals/{key}.json"
             write_atomically(self.out / file, json.dumps(result.pop("per_problem")))
-            out[name] = {**result, "per_problem": file}
+            node = self.graph.nodes[key]
+            assert isinstance(node, EvaluationSpec)
+            out[name] = {**result, "per_problem": file, "protocol": protocol(node)}
         return out
 
     def scores(self, endpoint: str, evaluation: str) -> np.ndarray:

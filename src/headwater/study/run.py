@@ -20,7 +20,7 @@ from headwater.models.language_model import check_same_tokens
 from headwater.models.lora import check_targets
 from headwater.run import lease
 from headwater.spec import StageSpec, parents
-from headwater.stages.node import Job, check_device, environment, model_directory, run_node
+from headwater.stages.node import Job, check_device, environment, model_directory
 from headwater.store import Store
 from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
@@ -255,14 +255,3 @@ def copy_small_files(key: str, store: Store, out: Path) -> None:
         if had is None or (had.st_size, had.st_mtime_ns) != (there.st_size, there.st_mtime_ns):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
-
-
-def evaluate_model(source: str, recipe: Recipe, seed: int, store: Store) -> dict[str, Any]:
-    """A model from anywhere on the recipe's evaluations, prompted as the recipe prompts its student."""
-    config = recipe.models["student"].model_copy(update={"source": source})
-    only = recipe.model_copy(update={"models": {"student": config}, "arms": {}, "seeds": (seed,)})
-    store.check_writable()
-    graph = plan(only)
-    for job in to_jobs(only, graph).values():
-        run_node(job, store)
-    return {name: store.outcome(graph.evals["student", name, seed])["result"] for name in recipe.evaluations}

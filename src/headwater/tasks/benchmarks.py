@@ -82,15 +82,15 @@ def load(name: str, spec: Mapping[str, Any]) -> SplitTask:
     benchmark = benchmarks()[name]
     shares = {"fractions"} if benchmark.divided or benchmark.num_train else set()
     check_keys(name, spec, {"source", "prompt", "shots", "template", "system", "sizes"} | shares)
-    examples = _examples(name, benchmark.style, spec)
+    ids = _example_ids(name, benchmark.style, spec)
+    examples = _examples(ids, benchmark.style, spec.get("source", "wheel"))
     bare = _read(name, spec)
-    inside = {problem.id for problem in examples}
     sizes = spec.get("sizes", {})
     if not sizes.keys() <= set(SPLITS):
         raise ValueError(f"{name}: sizes are those of {list(SPLITS)}, not {dict(sizes)}")
     splits: dict[str, tuple[Problem, ...]] = {}
     for split, found in bare.splits.items():
-        chosen = take(name, split, [p for p in found if p.id not in inside], sizes.get(split))
+        chosen = take(name, split, [p for p in found if p.id not in ids], sizes.get(split))
         splits[split] = tuple(_ask(p, examples, benchmark.style, spec) for p in chosen)
     if benchmark.divided:
         splits["all"] = sum(splits.values(), ())
@@ -103,7 +103,12 @@ def provenance(spec: Mapping[str, Any]) -> dict[str, Any]:
     if name not in benchmarks():
         return {}
     rows = _rows(name, spec)
-    return {"benchmark": name, **{key: rows[key] for key in ("test_source", "train_source") if key in rows}}
+    shots = len(_example_ids(name, benchmarks()[name].style, spec))
+    return {
+        "benchmark": name,
+        "shots": shots,
+        **{key: rows[key] for key in ("test_source", "train_source") if key in rows},
+    }
 
 
 def _rows(name: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -133,9 +138,9 @@ def _read(name: str, spec: Mapping[str, Any]) -> SplitTask:
     return task
 
 
-def _examples(name: str, style: Style, spec: Mapping[str, Any]) -> list[Problem]:
+def _example_ids(name: str, style: Style, spec: Mapping[str, Any]) -> list[str]:
     """The worked examples that the settings ask for, in their fixed order; ValueError for settings that conflict."""
-    of, ids = EXAMPLES[style][0], EXAMPLES[style][1].split()
+    ids = EXAMPLES[style][1].split()
     prompt, template = spec.get("prompt", "few-shot" if spec.get("shots") else "chat"), spec.get("template", "chat")
     shots = spec.get("shots", len(ids) if prompt == "few-shot" else 0)
     if prompt not in ("chat", "few-shot"):
@@ -144,11 +149,15 @@ def _examples(name: str, style: Style, spec: Mapping[str, Any]) -> list[Problem]
         raise ValueError(f"{name}: template = {template!r}; use 'chat' or 'none'")
     if shots not in (range(1, len(ids) + 1) if prompt == "few-shot" else (0,)):
         raise ValueError(f"{name}: shots = {shots} with prompt = {prompt!r}: 'chat' has 0, 'few-shot' 1 to {len(ids)}")
-    if not shots:
+    return ids[:shots]
+
+
+def _examples(ids: list[str], style: Style, source: str) -> list[Problem]:
+    if not ids:
         return []
-    read = _read(of, {"source": spec.get("source", "wheel")})
+    read = _read(EXAMPLES[style][0], {"source": source})
     known = {problem.id: problem for split in SPLITS for problem in read.splits[split]}
-    return [known[place] for place in ids[:shots]]
+    return [known[place] for place in ids]
 
 
 def _ask(problem: Problem, examples: list[Problem], style: Style, spec: Mapping[str, Any]) -> Problem:
