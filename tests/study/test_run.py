@@ -20,7 +20,19 @@ from headwater.study.results import results
 from headwater.study.run import executed_otherwise, run, to_jobs
 from headwater.study.tune import tune
 
-EVALUATION = {"avg@k", "k", "num_problems", "pass@k", "parsed", "truncated", "reasons", "styles", "per_problem"}
+EVALUATION = {
+    "avg@k",
+    "k",
+    "num_problems",
+    "pass@k",
+    "maj@k",
+    "protocol",
+    "parsed",
+    "truncated",
+    "reasons",
+    "styles",
+    "per_problem",
+}
 
 
 def check_evaluation(row: dict[str, Any], out: Path) -> None:
