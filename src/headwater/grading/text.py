@@ -9,7 +9,9 @@ from fractions import Fraction
 from headwater.types import Problem, Verdict
 
 _BOX = re.compile(r"\\(?:boxed|fbox)")
-_ANSWER = re.compile(r"answer[*_]*[ \t]*(?:is[ \t]*:?|:|=)[*_ \t]*([^\n]*)", re.IGNORECASE)
+_ANSWER = re.compile(r"answer[*_]*[ \t]*(?:is[ \t]*:?|:|=)[*_ \t]*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.\s+(?=[A-Z])")
+_DOLLARS = re.compile(r"[ \t]*\$+([^$]*[^$\\ \t])\$+(?:[^$0-9\\=]*$)")
 _NUMBER = re.compile(
     r"(?<![\w^)])(-?\$?-?)"
     r"(?:([0-9]+) (?=[0-9]+/[0-9]))?"
@@ -61,8 +63,27 @@ def extract_marked(text: str) -> str | None:
         return last_boxed(text) or ""
     if "####" in text:
         return _clean(text[text.rindex("####") + 4 :].partition("\n")[0])
-    phrases = _ANSWER.findall(text)
-    return _clean(phrases[-1]) if phrases else None
+    end = None
+    for phrase in _ANSWER.finditer(text):
+        end = phrase.end()
+    return None if end is None else _clean(_sentence(text[end:].partition("\n")[0]))
+
+
+def _sentence(rest: str) -> str:
+    """Up to the end of the sentence; an answer in dollar signs with nothing but words after it is what they hold."""
+    rest = _SENTENCE_END.split(rest, maxsplit=1)[0]
+    maths = _DOLLARS.match(rest)
+    return maths[1] if maths else rest
+
+
+def last_line_maths(text: str) -> str | None:
+    """The last line's content when all of the line is one piece of mathematics in delimiters; else None."""
+    line = text.rstrip().rpartition("\n")[2].strip().removesuffix(".").strip()
+    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        inner = line.removeprefix(left).removesuffix(right)
+        if len(inner) == len(line) - len(left) - len(right):
+            return inner.strip() if inner.strip() and left not in inner else None
+    return None
 
 
 def _clean(answer: str) -> str:
