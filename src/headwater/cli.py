@@ -140,6 +140,33 @@ def eval_(
             print_measured(console, model, found)
 
 
+@app.command(name="audit-grader")
+def audit_grader(
+    path: Annotated[Path, typer.Argument(help="A samples.jsonl of an evaluation, or a run directory.")],
+    task: Annotated[str | None, typer.Option(help="Only evaluations of this name.")] = None,
+    against: Annotated[str, typer.Option(help="The second grader: module:function or file.py:function.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Write every disagreement here (JSON lines).")] = None,
+    show: Annotated[int, typer.Option(help="Disagreements to print.")] = 10,
+) -> None:
+    """Grade recorded samples again with a second grader; list where the two disagree."""
+    with _explained():
+        from headwater.grading import audit
+        from headwater.grading.pool import GraderPool
+
+        samples = audit.read_samples(path, task)
+        with GraderPool(against or audit.SECOND_GRADER, workers=1) as pool:
+            found, disputed = audit.audit(samples, pool.grade)
+        rows = [audit.as_row(sample, verdict) for sample, verdict in disputed]
+        kappa = "undefined (both say one thing of all)" if found.kappa is None else f"{found.kappa:.3f}"
+        typer.echo(f"{found.samples} samples, agreement {found.rate:.2%}, Cohen's kappa {kappa}")
+        typer.echo(f"right for the run's grader alone: {found.only_first}; for the second alone: {found.only_second}")
+        for row in rows[:show]:
+            typer.echo("\n" + json.dumps(row, indent=1, ensure_ascii=True))
+        if out is not None:
+            out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            typer.echo(f"{len(rows)} disagreements: {out}")
+
+
 @app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="A run directory.")],

@@ -61,7 +61,8 @@ def spellings(gold: Gold, grader: str) -> list[str]:
     """Completions that state the gold answer, in the ways models do."""
     forms = [gold.solution] if gold.solution else []
     if grader == MATHS:
-        a = gold.answer
+        a = re.sub(r"^\$+|\$+\.?$|\.$", "", gold.answer.strip().replace("\n", " "))
+        dense = re.sub(r"(?<![A-Za-z\\]) |(?<!\\) (?![A-Za-z])", "", a)
         respelled = re.sub(r"\\left(?![a-z])|\\right(?![a-z])", "", a.replace("\\frac", "\\dfrac"))
         return [
             *forms,
@@ -71,7 +72,7 @@ def spellings(gold: Gold, grader: str) -> list[str]:
             f"It follows.\n\n**Answer:** \\({a}\\)",
             f"So we have\n\\[{a}\\]",
             f"\\[\\boxed{{ {respelled} }}\\]",
-            f"$\\boxed{{{re.sub(r'(?<![A-Za-z]) | (?![A-Za-z])', '', a)}}}$",
+            f"$\\boxed{{{dense}}}$",
         ]
     value = parse_number(gold.answer)
     assert value is not None
@@ -87,22 +88,22 @@ def near_misses(answer: str, grader: str) -> list[str]:
         return [decimal(x) for x in _numbers_near(value)]
     text = normalise(answer)
     if (plain := number(text)) is not None:
-        return [*map(str, _numbers_near(plain[0])), f"{text}x", f"{text}, {plain[0] + 1}", f"x > {text}"]
+        more = [f"{text}, {plain[0] + 1}", f"x > {text}", f"{text}x" if plain[0] else "x"]
+        return [*map(str, _numbers_near(plain[0])), *more]
     misses = [f"{text}+1"] if split(text)[0] == "one" and re.search(r"[0-9]", text) and "=" not in text else []
     digits = [m for m in re.finditer(r"[0-9]+", text) if not re.search(r"[0-9]\.$|\.$", text[: m.start()])]
     for m in {digits[0], digits[-1]} if digits else ():
         misses.append(f"{text[: m.start()]}{int(m[0]) + 1}{text[m.end() :]}")
-    if m := re.search(r"\\frac\{([^{}]+)\}\{([^{}]+)\}", text):
-        if m[1].lstrip("-") != m[2]:
-            misses.append(f"{text[: m.start()]}\\frac{{{m[2]}}}{{{m[1]}}}{text[m.end() :]}")
+    if (m := re.search(r"\\frac\{([^{}]+)\}\{([^{}]+)\}", text)) and m[1].lstrip("-") != m[2]:
+        misses.append(f"{text[: m.start()]}\\frac{{{m[2]}}}{{{m[1]}}}{text[m.end() :]}")
     kind, items = split(text)
-    if kind not in ("one", "union", "list"):
+    if kind not in ("one", "union", "list", "set"):
         misses.append(f"{text[0]}{','.join(items[:-1])}{text[-1]}")
         if items[0] != items[1]:
             misses.append(f"{text[0]}{','.join([items[1], items[0], *items[2:]])}{text[-1]}")
         if kind != "()" or "infty" in text:
             misses.append(("[" if text[0] == "(" else "(") + text[1:])
-    if kind == "list" and "\\pm" not in text:
+    if kind in ("list", "set") and "\\pm" not in text:
         misses += [",".join(items[:-1]), ",".join([*items, "77"])]
     if m := re.fullmatch(r"\(?([A-Z])\)?", text):
         misses.append(chr(ord("A") + (ord(m[1]) - 64) % 26))
@@ -112,7 +113,7 @@ def near_misses(answer: str, grader: str) -> list[str]:
 
 
 def _numbers_near(value: Fraction) -> set[Fraction]:
-    near = {value + 1, value - 1, -value, value * 10, value / 10, value * 100, value + Fraction(1, 100), 2 * value}
+    near = {value + 1, value - 1, -value, value * 10, value / 10, value * 100, value + Fraction(1, 100), value * 2}
     if value and abs(value) != 1:
         near |= {1 / value}
     if abs(value) >= 10:

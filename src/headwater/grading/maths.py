@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Expr, Float, Integer
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, Expr, Float, Integer, Rational
+from sympy.logic.boolalg import Boolean
 
 from headwater.grading.text import extract_marked, last_line_maths, last_number
 from headwater.types import Problem, Verdict
@@ -26,10 +27,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 _NORMALISATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
 )
-_TARGETS = (
-    LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION),
-    ExprExtractionConfig(),
-)
+_TARGETS = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION),)
 _MAX_PARSED = 400  # Characters; the longest gold answer of MATH has 159. What is longer is compared by spelling.
 _MAX_ITEMS = 32
 _MAX_DIGITS = 200
@@ -41,7 +39,8 @@ _TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|rm
 _AND_OR = re.compile(r"\\(?:text|mbox|textrm)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _UNIT = re.compile(rf"(?<=[0-9}})])\s*{_TEXT}(?:\s*\^\s*(?:[23]|\{{[23]\}}))?\s*$")
 _WORDS = re.compile(
-    r"(?<=[0-9}])(?:\s*(?:[ckm]m|[km]g|m[lL]|ft|in|lb|oz|hr|mph)\b|\s+(?!pi\b)[A-Za-z][A-Za-z.]+)+(?:\^\{?[23]\}?)?$"
+    r"(?<=[0-9}])(?:\s*(?:[ckm]m|[km]g|m[lL]|ft|in|lb|oz|hr|mph)\b|\s*[aApP]\.?[mM]\b\.?"
+    r"|\s+(?!pi\b)[A-Za-z][A-Za-z.]+)+(?:\^\{?[23]\}?)?$"
 )
 _SIGNS = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\b|°|\\?%|\\?\$|\\text\s*\{\s*\}")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:([0-9])\s*([0-9])(?![0-9])|([0-9])\s*(?=\{)|(\{[^{}]*\})\s*([0-9]))")
@@ -49,12 +48,15 @@ _NUMBER = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.([0-9]+))?")
 _RATIO = re.compile(
     r"(?:([0-9]+)\s*)?\\frac\{\s*(-?[0-9]+)\s*\}\{\s*(-?[0-9]+)\s*\}|(?:([0-9]+)\s+)?([0-9]+)\s*/\s*([0-9]+)"
 )
+_BASE = re.compile(r"(-?[0-9A-F.]+)_\{?([0-9]+)\}?")
+_WORD = re.compile(r"(?<![A-Za-z\\])(?!sin|cos|tan|log|sec|csc|cot|exp|max|min|gcd|lcm)[A-Za-z]{3,}")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _LABEL = re.compile(r"\s*[A-Za-z](?:_\{?\w\}?|\([A-Za-z]\))?\s*(?:=(?!=)|\\in\b)\s*(?=\S)")
 
 _RELATION = re.compile(r"[<>=]|\\(?:[lg]eq?|neq?|in|set|mathbb|pm|mid|to|R)(?![a-z])|\\lt|\\gt")
 
-Kind = Literal["one", "list", "union", "()", "(]", "[)", "[]"]
+Kind = Literal["one", "list", "set", "union", "()", "(]", "[)", "[]"]
+_ANSWERED_BY = {"list": ("list", "set", "()"), "set": ("list", "set"), "()": ("()", "list")}
 
 
 def grade_maths(completion: str, problem: Problem) -> Verdict:
@@ -96,11 +98,11 @@ def same_answer(gold: str, answer: str) -> bool:
         return bool(_RELATION.search(gold + answer)) and _same_symbolic(gold, answer)
     if len(golds) != len(answers) or len(golds) > _MAX_ITEMS:
         return False
-    if "union" in (kind, other) and kind != other:
+    if other not in _ANSWERED_BY.get(kind, (kind,)):
         return False
-    if kind in ("list", "union"):
+    if kind in ("list", "set", "union"):
         return _same_unordered(golds, answers, kind)
-    return other in (kind, "list") and all(map(_same_one, golds, answers))
+    return all(map(_same_one, golds, answers))
 
 
 def canonical(answer: str) -> str:
@@ -115,9 +117,9 @@ def normalise(answer: str) -> str:
 
     Fractions and roots are written one way. Units are passed over, not converted: `5\text{ cm}` is 5.
     """
-    text = _SIGNS.sub("", answer.replace("\u2212", "-").replace("\\$", "").replace("{,}", ","))
+    text = _SIGNS.sub("", answer.replace("\u2212", "-").replace("**", "^").replace("\\$", "").replace("{,}", ","))
     text = _SPACING.sub(lambda m: " " if m[0] in ("~", "\\ ") or "quad" in m[0] else "", text)
-    text = _AND_OR.sub(",", text)
+    text = _AND_OR.sub(",", text.strip().removeprefix("\\approx").partition("\\approx")[0])
     text = _UNIT.sub("", text.strip())
     text = re.sub(_TEXT, r"\1", text).strip().removesuffix(".").strip()
     text = re.sub(r"\\[dtc]frac\b|\\[dtc]frac(?=[0-9{ ])", r"\\frac", text)
@@ -161,13 +163,14 @@ def split(text: str) -> tuple[Kind, list[str]]:
     if len(parts := _split_top(text, ("\\cup",))) > 1:
         return "union", parts
     first, last = text[:1], text[-1:]
-    if first in "([" and last in ")]" and _encloses(text, 1):
+    if first in "([" and last in ")]" and _encloses(text):
         items = _split_top(text[1:-1], (",",))
         return (f"{first}{last}", items) if len(items) > 1 else ("one", [text])  # type: ignore[return-value] -- a Kind
-    if text.startswith("\\{") and text.endswith("\\}") and _encloses(text, 2):
-        text = text[2:-2]
+    kind: Kind = "list"
+    if text.startswith("\\{") and text.endswith("\\}") and _encloses(text):
+        kind, text = "set", text[2:-2]
     items = [branch for item in _split_top(text, (",", ";")) for branch in _branches(item)]
-    return ("list", items) if len(items) > 1 else ("one", items)
+    return (kind if len(items) > 1 else "one"), items
 
 
 def _split_top(text: str, separators: tuple[str, ...]) -> list[str]:
@@ -182,7 +185,7 @@ def _split_top(text: str, separators: tuple[str, ...]) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _encloses(text: str, width: int) -> bool:
+def _encloses(text: str) -> bool:
     """Whether the bracket that opens the text is closed at its very end."""
     depth = place = 0
     for token in _TOKEN.findall(text):
@@ -221,6 +224,10 @@ def _same_one(gold: str, answer: str) -> bool:
     exact, said = number(gold), number(answer)
     if exact and said:
         return _same_number(*exact, *said)
+    base, of = _BASE.fullmatch(_squeeze(gold)), _BASE.fullmatch(_squeeze(answer))
+    if (base and of) or (base and said) or (exact and of):  # math-verify drops the base.
+        ours, theirs = (base.groups() if base else (gold, None)), (of.groups() if of else (answer, None))
+        return ours[0] == theirs[0] and (ours[1] is None or theirs[1] is None or ours[1] == theirs[1])
     if (word := _word(gold)) is not None:
         return word == _word(answer)
     return _same_symbolic(gold, answer)
@@ -239,23 +246,27 @@ def _word(text: str) -> str | None:
     choice = re.fullmatch(r"\(?([A-Z])\)?", plain)
     if choice:
         return choice[1]
-    return plain.casefold() if re.fullmatch(r"[A-Za-z]{2}[A-Za-z'.-]+", plain) else None
+    return plain.casefold() if re.fullmatch(r"[A-Z]{2}|[A-Za-z]{2}[A-Za-z'.-]+", plain) else None
 
 
 def _same_symbolic(gold: str, answer: str) -> bool:
     """math-verify's comparison, unless the two differ when they are evaluated."""
     if max(len(gold), len(answer)) > _MAX_PARSED:
         return False
-    value = _parse(answer)
-    if len(value) < 2 or not (exact := _parse(gold)) or _differ(exact[0], value[0]):
+    if len(_WORD.findall(gold)) > 2:  # Prose: math-verify would read the one formula in it.
         return False
+    value = _parse(answer)
+    if len(value) < 2 or len(exact := _parse(gold)) < 2 or _differ(exact[0], value[0]):
+        return False
+    if any(isinstance(e[0], Boolean) and not e[0].free_symbols for e in (exact, value)):
+        return False  # `1 = 2` and `3 = 4` are both false.
     return verify(list(exact), list(value), timeout_seconds=None)
 
 
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> tuple[Any, ...]:
-    """(expression, text), or (text,) when math-verify cannot read it."""
-    return tuple(parse(f"\\boxed{{{answer}}}", _TARGETS, parsing_timeout=None))  # type: ignore[arg-type] -- None: no alarm
+    """(expression, text), or (text,) when math-verify cannot read all of it: a part of it is another answer."""
+    return tuple(parse(f"\\boxed{{{answer}}}", _TARGETS, extraction_mode="first_match", parsing_timeout=None))  # type: ignore[arg-type] -- None: no alarm
 
 
 def _differ(gold: object, value: object) -> bool:
@@ -268,13 +279,16 @@ def _differ(gold: object, value: object) -> bool:
         return False
     if isinstance(gold, Integer) and isinstance(value, Integer):
         return gold != value
-    at = {s: Fraction(zlib.crc32(str(s).encode()) % 9973 + 1, 4999) for s in gold.free_symbols | value.free_symbols}
+    at: dict[Basic, Basic | float] = {
+        s: Rational(zlib.crc32(str(s).encode()) % 9973 + 1, 4999) for s in gold.free_symbols | value.free_symbols
+    }
     try:
-        x, y = (complex(e.doit().evalf(20, subs=at)) for e in (gold, value))
-    except (TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError):
+        x, y = (e.doit().evalf(20, subs=at) for e in (gold, value))
+        tolerance = Float(1e-6 if gold.has(Float) or value.has(Float) else 1e-9)
+        # In sympy's numbers, which know no overflow; what is no number, or nan, has no order and raises.
+        return bool(abs(x - y) > tolerance * max(abs(x), abs(y)))
+    except (TypeError, ValueError, AttributeError, ArithmeticError):
         return False
-    tolerance = 1e-6 if gold.has(Float) or value.has(Float) else 1e-9
-    return x == x and y == y and abs(x - y) > tolerance * max(abs(x), abs(y))
 
 
 def _balanced(answer: str) -> bool:
