@@ -17,6 +17,7 @@ from headwater.methods import (
     SFT,
     Distill,
     Frozen,
+    Gate,
     Joint,
     LoRA,
     Method,
@@ -39,6 +40,7 @@ __all__ = [
     "Evaluation",
     "Execution",
     "Frozen",
+    "Gate",
     "Joint",
     "LoRA",
     "Method",
@@ -283,7 +285,7 @@ class Recipe(Frozen):
         if point.updates == "bridge" and stage not in ("teacher_rl", "teacher_sft", "student_rl"):
             changes["steps"] = self.stages["warmup"].steps + self.stages["distill"].steps
         if point.match_flops is not None:
-            changes["steps"] = UNBOUNDED
+            changes |= {"steps": UNBOUNDED, "gate": None}
         changes = merge(changes, point.overrides.get(stage, {}))
         if not changes:
             return base

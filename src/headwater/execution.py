@@ -27,6 +27,10 @@ class Execution(Frozen):
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations inside a stage, for learning curves; 0 = none."""
     eval_problems: int = Field(default=64, ge=1)
+    monitor_every: int = Field(default=0, ge=0)
+    """Steps between measurements of condition C2 inside a stage with a teacher; 0 = at its start and end alone."""
+    monitor_problems: int = Field(default=16, ge=0)
+    """Held-out prompts for them, of the first evaluation; 0 = never measured."""
     grader_workers: int = Field(default=1, ge=1)
     grader_timeout_s: float = Field(default=5.0, gt=0)
     grader_memory_mb: int = Field(default=2048, ge=64)

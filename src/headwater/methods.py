@@ -64,6 +64,32 @@ class LoRA(Frozen):
     """Of the adapters' inputs in the update; sampler and scores are without."""
 
 
+class Gate(Frozen):
+    """Ends a stage at what held-out problems show, `steps` at the latest (docs/algorithms.md, "Gates")."""
+
+    watch: Literal["score", "kl"]
+    """`score`: mean verdict score, which reveals the held-out answers; `kl`: KL per token between student and teacher
+    (forward on the teacher's rollouts in a warmup, reverse on the student's in a distillation), which needs none."""
+    every: int = Field(ge=1)
+    """Steps between looks, the first of which comes before any step."""
+    problems: float = Field(gt=0)
+    """How many of the stage's problems, the last of its list, are kept out of training; below 1 a share of them."""
+    samples: int = Field(default=4, ge=1)
+    """Completions of each at a look."""
+    patience: int = Field(default=3, ge=1)
+    """A plateau: the last so many looks are no better than as many before them."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """What their gain (plus half its standard error) must exceed: in score, or as a share of the KL."""
+    threshold: float | None = None
+    """Ends the stage as soon as the score is above, or the KL below it."""
+    min_mixed: float | None = Field(default=None, gt=0, le=1)
+    """Ends a `grpo` stage, before its first step where it must, when fewer groups than this share are mixed."""
+
+    def held_out(self, available: int) -> int:
+        """Problems kept out of a list of this length: at least 2, which a standard error needs."""
+        return max(2, round(self.problems * available) if self.problems < 1 else round(self.problems))
+
+
 class Method(Frozen):
     """What every method needs: how many updates, how long a completion, the optimizer."""
 
@@ -77,6 +103,25 @@ class Method(Frozen):
     optimizer: Optimizer
     lora: LoRA | None = None
     """Train adapters and merge them at the end of the stage; unset = train all weights."""
+    gate: Gate | None = None
+
+    @model_validator(mode="after")
+    def _gated(self) -> Method:
+        if self.gate is None:
+            return self
+        if self.optimizer.schedule != "constant":
+            raise ValueError(
+                f"schedule = {self.optimizer.schedule!r} and a gate: a gated stage needs schedule = 'constant', since "
+                "its steps are not known"
+            )
+        if self.gate.problems >= 1 and self.gate.problems != round(self.gate.problems):
+            raise ValueError(f"gate.problems = {self.gate.problems}: give a whole number, or a share below 1")
+        is_grpo = isinstance(self, GRPO)
+        if isinstance(self, SFT | Joint) or (is_grpo and self.gate.watch == "kl"):
+            raise ValueError("gates: 'score' for grpo, 'score' and 'kl' for warmup and distill, none for the others")
+        if self.gate.min_mixed is not None and not (is_grpo and self.gate.samples >= self.group_size):
+            raise ValueError("gate.min_mixed is for grpo, and needs gate.samples >= group_size")
+        return self
 
     @model_validator(mode="after")
     def _no_truncated_sampling(self) -> Method:
@@ -181,6 +226,8 @@ class Distill(Method):
     def _beta(self) -> Distill:
         if (self.divergence == "jsd") != (self.beta is not None):
             raise ValueError("beta is for divergence = 'jsd', which needs it (0 < beta < 1)")
+        if self.divergence == "constant" and self.gate is not None and self.gate.watch == "kl":
+            raise ValueError("gate.watch = 'kl' compares with a teacher, which divergence = 'constant' does not have")
         return self
 
 
@@ -206,8 +253,9 @@ MethodConfig = Annotated[GRPO | Warmup | Distill | SFT | Joint, Field(discrimina
 
 
 def needs_answers(settings: MethodConfig) -> bool:
-    """Whether the stage looks at answers: reward, a filter, or worked solutions."""
-    return isinstance(settings, GRPO) or (
-        isinstance(settings, TeacherRollouts)
-        and (settings.keep != "all" or (isinstance(settings, SFT) and settings.tokens == "solutions"))
+    """Whether the stage looks at answers: reward, a filter, worked solutions, or a gate that watches the score."""
+    if isinstance(settings, GRPO) or (settings.gate is not None and settings.gate.watch == "score"):
+        return True
+    return isinstance(settings, TeacherRollouts) and (
+        settings.keep != "all" or (isinstance(settings, SFT) and settings.tokens == "solutions")
     )

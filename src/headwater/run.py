@@ -36,8 +36,9 @@ SAMPLES_SHOWN = 4
 class StageRun:
     """What a stage loop needs besides models: where it writes, how often, and how far it got.
 
-    `evaluate`, when given, is called every `execution.eval_every` steps with the number of updates done; it has its own
-    random streams, so calling it more often changes nothing.
+    `evaluate`, when given, is called every `execution.eval_every` steps with the number of updates done, `monitor`
+    every `execution.monitor_every` and at start and end; they have their own random streams, so calling them more often
+    changes nothing. `gate` is the evidence of a gated stage, set when its loop has ended.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class StageRun:
         mesh: Mesh | None = None,
         on_log: OnLog | None = None,
         evaluate: Callable[[int], dict[str, float]] | None = None,
+        monitor: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.directory = directory
         self.execution = execution or Execution()
@@ -57,6 +59,8 @@ class StageRun:
         self.meter = Meter()
         self._on_log = on_log
         self._evaluate = evaluate
+        self._monitor = monitor
+        self.gate: dict[str, Any] | None = None
         self._seen = (time.monotonic(), 0)
 
     def restore(self, optimizer: AdamW) -> int:
@@ -70,7 +74,7 @@ class StageRun:
             self.meter.restore(state["meter"])
             done = state["step"]
         if self.mesh.is_writer:
-            for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl", "monitors.jsonl", "gates.jsonl"):
                 _truncate(self.directory / name, done)
         self._seen = (time.monotonic(), self.meter.tokens)
         return done
@@ -113,6 +117,23 @@ class StageRun:
         every = self.execution.eval_every
         if self._evaluate is not None and every and done % every == 0:
             self._append("evals.jsonl", [{"step": done - 1, "updates": done, **self._evaluate(done)}])
+
+    def monitor_if_due(self, done: int, *, last: bool = False) -> None:
+        """A row of monitors.jsonl before step `done`: at the start, the end, and every `execution.monitor_every`."""
+        every = self.execution.monitor_every
+        if self._monitor is not None and (done == 0 or last or (every and done % every == 0)):
+            self.keep("monitors.jsonl", {"step": done, **self._monitor()})
+
+    def keep(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row, seen before step `row["step"]`, to a file that a resumed stage cuts back to its checkpoint."""
+        self._append(name, [row])
+
+    def kept(self, name: str) -> list[dict[str, Any]]:
+        """Rows of such a file, the same on every rank."""
+        path, rows = self.directory / name, []
+        if self.mesh.is_writer and path.exists():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return self.mesh.collect(rows)[0]
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

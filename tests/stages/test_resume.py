@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ STEPS = 5
 METHOD = {"steps": STEPS, "max_new_tokens": 8, "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 2}}
 ROLLOUTS = METHOD | {"sequences_per_step": 4}
 STUDENT = METHOD | {"problems_per_step": 5, "group_size": 2}
+CONSTANT = METHOD | {"optimizer": {"lr": 3e-3}}
+
+
+def gate(watch: str, **settings: float) -> dict[str, Any]:
+    return {"gate": {"watch": watch, "problems": 3, "samples": 2} | settings}
+
+
 CASES = {
     "grpo": GRPO.model_validate(METHOD | {"problems_per_step": 5, "group_size": 3}),
     "grpo with everything": GRPO.model_validate(
@@ -31,6 +39,18 @@ CASES = {
     "distill constant": Distill.model_validate(STUDENT | {"divergence": "constant"}),
     "joint": Joint.model_validate(STUDENT | {"reward_weight": 0.3, "aggregate": "sequence"}),
     "sft": SFT.model_validate(ROLLOUTS | {"keep": "wrong", "rollouts_per_problem": 3}),
+    "grpo gated": GRPO.model_validate(
+        CONSTANT
+        | {"problems_per_step": 4, "group_size": 3}
+        | gate("score", every=2, samples=3, min_mixed=0.01, patience=9)
+    ),
+    "warmup gated": Warmup.model_validate(CONSTANT | {"sequences_per_step": 4} | gate("kl", every=2, patience=9)),
+    "distill gated": Distill.model_validate(
+        CONSTANT | {"problems_per_step": 4, "group_size": 2} | gate("score", every=2, patience=9)
+    ),
+    "distill gated by KL": Distill.model_validate(
+        CONSTANT | {"problems_per_step": 4, "group_size": 2} | gate("kl", every=1, min_delta=0.9, patience=2)
+    ),
     "sft solutions": SFT.model_validate(ROLLOUTS | {"tokens": "solutions"}),
 }
 SHORT = ("grpo with everything", "warmup", "distill", "joint", "sft")
@@ -67,6 +87,7 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
         execution=Execution(save_every=2, eval_every=2, micro_batch_tokens=200),
         on_log=on_log,
         evaluate=evaluate,
+        monitor=lambda: {"norm": model.head.detach().norm().item()},
     )
     shared = {"problems": problems[:7], "seed": 3, "run": run}
     try:
@@ -79,7 +100,7 @@ def attempt(settings, make_model, problems, grade, directory: Path, *, stop: int
                 grpo.train(settings, policy=model, grade=grade, reference=reference, **shared)
             case Distill():
                 teacher = None if settings.divergence == "constant" else other
-                distill.train(settings, student=model, teacher=teacher, **shared)
+                distill.train(settings, student=model, teacher=teacher, grade=grade, **shared)
             case Warmup():
                 warmup.train(settings, student=model, teacher=other, grade=grade, **shared)
             case SFT():
@@ -101,7 +122,8 @@ def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, 
 
     straight = go("straight")
     # Before the first checkpoint (of step 2), in the evaluation and the log of the second, and a step later.
-    assert [go("stopped", stop) for stop in (1, -4, 4, 5)] == [None] * 4
+    stops, steps = ((1, -2, 3), 3) if name == "distill gated by KL" else ((1, -4, 4, 5), STEPS)
+    assert [go("stopped", stop) for stop in stops] == [None] * len(stops)
     resumed = go("stopped")
     assert straight is not None and resumed is not None
 
@@ -110,21 +132,36 @@ def test_resumed_equals_uninterrupted(name, make_model, problems, parity_grade, 
         assert torch.equal(want, got), key
     assert any(not torch.equal(p, start[n].to(p.dtype)) for n, p in straight[0].module.named_parameters())
 
-    for file in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "ledger.jsonl"):
+    for file in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "ledger.jsonl", "monitors.jsonl", "gates.jsonl"):
         want, got = (lines(tmp_path / d / file) for d in ("straight", "stopped"))
         for row in want + got:
             row.pop("time", None)
         assert got == want, file
-        assert want or file == "ledger.jsonl"
-    assert [row["step"] for row in lines(tmp_path / "stopped" / "metrics.jsonl")] == list(range(STEPS))
-    assert [row["updates"] for row in lines(tmp_path / "stopped" / "evals.jsonl")] == [2, 4]
+        assert want or file in ("ledger.jsonl", "gates.jsonl")
+    assert [row["step"] for row in lines(tmp_path / "stopped" / "metrics.jsonl")] == list(range(steps))
+    assert [row["updates"] for row in lines(tmp_path / "stopped" / "evals.jsonl")] == [2, 4][: steps // 2]
+    assert [row["step"] for row in lines(tmp_path / "stopped" / "monitors.jsonl")] == [0, steps]
+    assert straight[1].gate == resumed[1].gate and (straight[1].gate is not None) == ("gated" in name)
+    if straight[1].gate is not None:
+        seen = [row["step"] for row in straight[1].gate["looks"]]
+        assert seen == ([0, 1, 2, 3] if steps == 3 else [0, 2, 4])
+        assert straight[1].gate["stopped_at"] == (3 if steps == 3 else None)
 
     for role, row in straight[1].meter.state().items():
         got = resumed[1].meter.state()[role]
         assert (got["tokens"], got["flops"]) == (row["tokens"], row["flops"]), role
     assert straight[1].meter.state().keys() == resumed[1].meter.state().keys()
     assert straight[1].ledger.revealed == resumed[1].ledger.revealed
-    labels = {"grpo", "grpo with everything", "warmup correct", "joint", "sft", "sft solutions"}
+    labels = {
+        "grpo",
+        "grpo with everything",
+        "grpo gated",
+        "distill gated",
+        "warmup correct",
+        "joint",
+        "sft",
+        "sft solutions",
+    }
     assert (straight[1].ledger.revealed > 0) == (name.removeprefix("lora ") in labels)
     if "everything" in name:
         assert sum(row["reward/groups_redrawn"] for row in lines(tmp_path / "stopped" / "metrics.jsonl")) > 0

@@ -27,13 +27,21 @@ TAIL = -5.0
 
 @torch.no_grad()
 def compare_rollouts(
-    student: LanguageModel, teacher: LanguageModel, rollouts: Sequence[Rollout], view: View, mesh: Mesh | None = None
+    student: LanguageModel,
+    teacher: LanguageModel,
+    rollouts: Sequence[Rollout],
+    view: View,
+    mesh: Mesh | None = None,
+    meter: Meter | None = None,
 ) -> list[dict[str, Tensor]]:
     """`token_closeness` of every rollout's completion: per rollout and name one CPU tensor [tokens].
 
-    Ranks share the work and each returns all rollouts.
+    Ranks share the work and each returns all rollouts. With a meter the tokens of both models count as `evaluated`.
     """
     mesh = mesh or Mesh()
+    if meter is not None:
+        for model in (student, teacher):
+            meter.add("evaluated", Batch.of(rollouts).num_tokens, model.num_parameters)
     batch = Batch.of(mesh.shard(rollouts))
     found: dict[str, list[tuple[MicroBatch, Tensor]]] = {}
     for micro in micro_batches(batch, max_tokens=view.max_tokens, device=student.device):
@@ -123,9 +131,6 @@ def closeness(
         sampler = teacher if who == "teacher" else student
         sampling = Sampling(("closeness", who, seed), samples, max_new_tokens, temperature)
         rollouts = sample_for(sampler, problems, sampling, max_tokens=max_tokens, mesh=mesh, meter=meter)
-        rows = compare_rollouts(student, teacher, rollouts, view, mesh)
-        if meter is not None:
-            for model in (student, teacher):
-                meter.add("evaluated", Batch.of(rollouts).num_tokens, model.num_parameters)
+        rows = compare_rollouts(student, teacher, rollouts, view, mesh, meter)
         found |= {f"c2/{name}@{who}": value for name, value in summary(rows).items()}
     return found

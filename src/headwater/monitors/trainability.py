@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from math import comb
 
 
@@ -20,5 +22,10 @@ def estimated_mixed_rate(num_samples: int, num_correct: int, group_size: int) ->
         raise ValueError(f"num_correct must be within 0..{num_samples}, given {num_correct}")
     if not 2 <= group_size <= num_samples:
         raise ValueError(f"groups of {group_size} need 2 <= group_size <= samples, given {num_samples} samples")
-    same = comb(num_correct, group_size) + comb(num_samples - num_correct, group_size)
-    return 1.0 - same / comb(num_samples, group_size)
+    return mixed_share([1.0] * num_correct + [0.0] * (num_samples - num_correct), group_size)
+
+
+def mixed_share(scores: Sequence[float], group_size: int) -> float:
+    """Share of the subsets of `group_size` scores that are not all equal: the same estimate for partial credit."""
+    same = sum(comb(count, group_size) for count in Counter(scores).values())
+    return 1.0 - same / comb(len(scores), group_size)

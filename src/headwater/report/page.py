@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from headwater.report import figures, headline, panels, rollouts, tables
+from headwater.report import figures, headline, observations, panels, rollouts, tables
 from headwater.report.directory import Number, Run, groups, read
 from headwater.report.progress import progress
 
@@ -111,6 +111,9 @@ def _content(run: Run, now: Number) -> dict[str, Any]:
         "evaluations": len(run.nodes) - len(run.stages),
         "cases": [c for c in found if c],
         "limits": (rollouts.SHOWN_SAMPLES, rollouts.SHOWN_CHARACTERS),
+        "health": observations.health(run),
+        "gates": observations.gates(run),
+        "closeness": observations.closeness(run),
         "failures": rollouts.failures(run),
         "unfinished": rollouts.unfinished(run),
         "interruptions": rollouts.interruptions(run),

@@ -17,6 +17,8 @@ from rich.tree import Tree
 
 from headwater import spec
 from headwater.config import Recipe, arm_stages
+from headwater.report import observations
+from headwater.report.directory import read
 from headwater.spec import StageSpec
 from headwater.store import Store
 from headwater.study.executors import Event, holder
@@ -255,6 +257,9 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
             + (f"; {row['a']} <= {row['b']} + {row['margin']}: {row['outcome']}" if "outcome" in row else ""),
             markup=False,
         )
+    seen = read(out)
+    for line in [*observations.gates(seen), *(f"warning: {line}" for line in observations.health(seen))]:
+        console.print(line, markup=False)
     study = found["study"]
     console.print(
         f"{study['stages_trained']} distinct stages for {study['stages_requested']} asked for by the arms; "

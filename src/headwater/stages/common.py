@@ -15,6 +15,7 @@ from headwater.config import Distill, Joint, TeacherRollouts, Warmup
 from headwater.losses.dense import dense_divergence
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
+from headwater.monitors.health import repetition
 from headwater.rollouts.batch import MicroBatch
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
@@ -40,11 +41,12 @@ def check_pool(problems: Sequence[Problem], needed: int, *, labelled: bool) -> N
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict] | None = None) -> dict[str, float]:
-    """Lengths, truncation and, with verdicts, the share of each reason and style (formulas in docs/metrics.md)."""
+    """Lengths, truncation, repetition; with verdicts, the share of each reason and style (docs/metrics.md)."""
     count = len(rollouts)
     metrics = {
         "completion/len_mean": sum(len(r.completion_ids) for r in rollouts) / count,
         "completion/frac_truncated": sum(not r.finished for r in rollouts) / count,
+        "completion/repetition": sum(repetition(r.completion_ids) for r in rollouts) / count,
     }
     if verdicts is not None:
         metrics["reward/frac_correct"] = sum(v.correct for v in verdicts) / count

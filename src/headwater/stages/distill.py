@@ -17,7 +17,8 @@ from headwater.run import StageRun
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import token_weights
 from headwater.stages.common import check_pool, count_sampled, dense_loss, rollout_metrics
-from headwater.types import Problem
+from headwater.stages.watched import hold_out, looker, watched
+from headwater.types import Grade, Problem
 from headwater.update import AdamW, Loss, Term, learning_rate, update
 
 
@@ -29,14 +30,17 @@ def train(
     problems: Sequence[Problem],
     seed: int,
     run: StageRun,
+    grade: Grade | None = None,
 ) -> AdamW:
-    """Train `student` in place on its own rollouts; answers are never looked at, so prompts without any will do.
+    """Train `student` in place on its own rollouts; answers are never looked at, so prompts without any will do (but
+    for those that a gate with watch = "score" holds out, which needs `grade`).
 
     The gradient goes through the student's distribution at the visited prefixes and not through the sampling
     (arXiv:2605.12483, stage 2b). Without a teacher (divergence = "constant", and only then) every drawn token has the
     advantage -1 instead. Returns the optimizer, whose masters are the result.
     Raises ValueError for different tokenizers or too few problems, NonFiniteError as `update` does.
     """
+    problems, held = hold_out(settings, problems)
     check_pool(problems, settings.problems_per_step, labelled=False)
     if (teacher is None) != (settings.divergence == "constant"):
         raise ValueError(
@@ -48,8 +52,9 @@ def train(
     ex, mesh, per_step = run.execution, run.mesh, settings.problems_per_step
     sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens, mesh=mesh)
     optimizer = AdamW(student, settings.optimizer)
+    look = looker(settings, held, student, run, seed, teacher=teacher, grade=grade)
 
-    for step in range(run.restore(optimizer), settings.steps):
+    for step in watched(settings, look, run, run.restore(optimizer)):
         sampler.load(None, step)
         drawn = streams.epoch_order(problems, step * per_step, per_step, "distill", seed)
         sampling = Sampling(("distill", seed, step), settings.group_size, settings.max_new_tokens, settings.temperature)

@@ -21,6 +21,7 @@ from headwater.scoring.advantages import group_advantages
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import soft_overlong_penalty, token_weights
 from headwater.stages.common import check_pool, count_sampled, grade_sharded, rollout_metrics, rows_of
+from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem, Rollout, Verdict
 from headwater.update import AdamW, Loss, Term, learning_rate, update
 
@@ -45,6 +46,7 @@ def train(
     first step that brings its FLOPs there. Returns the optimizer, whose masters are the result.
     Raises ValueError for problems without answers or fewer than a step needs, NonFiniteError as `update` does.
     """
+    problems, held = hold_out(settings, problems)
     check_pool(problems, settings.problems_per_step, labelled=True)
     if (reference is not None) != (settings.kl_coef > 0):
         raise ValueError(
@@ -53,7 +55,8 @@ def train(
     sampler = TransformersSampler(policy, max_tokens=run.execution.sampler_tokens, mesh=run.mesh)
     optimizer = AdamW(policy, settings.optimizer)
 
-    for step in range(run.restore(optimizer), settings.steps):
+    look = looker(settings, held, policy, run, seed, grade=grade)
+    for step in watched(settings, look, run, run.restore(optimizer)):
         if max_flops is not None and run.meter.flops >= max_flops:
             break
         sampler.load(None, step)

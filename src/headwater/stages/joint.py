@@ -15,6 +15,7 @@ from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
 from headwater.stages.common import check_pool, dense_loss, rollout_metrics, rows_of
 from headwater.stages.grpo import group_batch, policy_loss, reward_metrics, sample_groups, weigh
+from headwater.stages.watched import watched
 from headwater.types import Grade, Problem
 from headwater.update import AdamW, Loss, Term, learning_rate, update
 
@@ -43,7 +44,7 @@ def train(
     sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens, mesh=mesh)
     optimizer = AdamW(student, settings.optimizer)
 
-    for step in range(run.restore(optimizer), settings.steps):
+    for step in watched(settings, None, run, run.restore(optimizer)):
         sampler.load(None, step)
         drawn = streams.epoch_order(problems, step * per_step, per_step, "joint", seed)
         groups = sample_groups(settings, drawn, sampler, grade, ("joint", seed, step), run)

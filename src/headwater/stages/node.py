@@ -21,11 +21,13 @@ from headwater.checkpoint import write_atomically
 from headwater.config import GRPO, SFT, Distill, Execution, Joint, Warmup
 from headwater.evals.evaluate import evaluate
 from headwater.grading.pool import GraderPool
-from headwater.mesh import join
+from headwater.mesh import Mesh, join
 from headwater.meter import Meter, total
 from headwater.models.gguf import convert_gguf
 from headwater.models.language_model import LanguageModel, load_model
+from headwater.monitors.closeness import closeness
 from headwater.run import OnLog, StageRun, lease, save_model, set_deterministic
+from headwater.scoring.log_probs import View
 from headwater.spec import EvaluationSpec, ModelRef, Problems, StageSpec
 from headwater.stages import distill, grpo, joint, sft, warmup
 from headwater.store import Store
@@ -37,7 +39,8 @@ from headwater.update import AdamW
 
 @dataclass(frozen=True)
 class Job:
-    """A specification and how to execute it; `monitor` is what a stage evaluates every `eval_every` steps."""
+    """A specification and how to execute it; `monitor` is what a stage evaluates every `eval_every` steps,
+    and on whose prompts it measures C2."""
 
     spec: StageSpec | EvaluationSpec
     execution: Execution
@@ -210,34 +213,38 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
     assert isinstance(node, StageSpec)
     problems = select(node.problems)
     policy = open_model(node.start, store, execution, trained=True, stage=node)
+    teacher = open_model(node.teacher, store, execution) if node.teacher else None
     graders = [_grader(node.grader, execution)] if node.grader else []
     monitor_pool = [_grader(job.monitor.grader, execution)] if job.monitor and execution.eval_every else []
+    mesh = join(execution.device)
     run = StageRun(
         directory,
         execution=execution,
-        mesh=join(execution.device),
+        mesh=mesh,
         on_log=on_log,
         evaluate=_monitor(job.monitor, policy, monitor_pool[0]) if job.monitor and monitor_pool else None,
+        monitor=_closeness(job, policy, teacher, mesh),
     )
     try:
-        optimizer = _dispatch(node, policy, problems, graders, store, run)
+        optimizer = _dispatch(node, policy, teacher, problems, graders, store, run)
     finally:
         for pool in graders + monitor_pool:
             pool.close()
     save_model(policy, optimizer, store.model(spec.key(node)))
-    return {"meter": run.meter.state(), "revealed": run.ledger.revealed, "distinct": len(run.ledger.problems)}
+    gate = {"gate": run.gate} if run.gate else {}
+    return {"meter": run.meter.state(), "revealed": run.ledger.revealed, "distinct": len(run.ledger.problems), **gate}
 
 
 def _dispatch(
     node: StageSpec,
     policy: LanguageModel,
+    teacher: LanguageModel | None,
     problems: list[Problem],
     graders: list[GraderPool],
     store: Store,
     run: StageRun,
 ) -> AdamW:
     grade = graders[0].grade if graders else None
-    teacher = open_model(node.teacher, store, run.execution) if node.teacher else None
     match node.settings:
         case Joint() as settings:
             assert teacher is not None and grade is not None
@@ -262,7 +269,9 @@ def _dispatch(
                 settings, student=policy, teacher=teacher, problems=problems, seed=node.seed, run=run, grade=grade
             )
         case Distill() as settings:
-            return distill.train(settings, student=policy, teacher=teacher, problems=problems, seed=node.seed, run=run)
+            return distill.train(
+                settings, student=policy, teacher=teacher, problems=problems, seed=node.seed, run=run, grade=grade
+            )
         case SFT() as settings:
             return sft.train(
                 settings, student=policy, problems=problems, seed=node.seed, run=run, teacher=teacher, grade=grade
@@ -283,5 +292,29 @@ def _monitor(monitor: EvaluationSpec, policy: LanguageModel, pool: GraderPool):
         )
         styles = {f"style/{name}": row["share"] for name, row in result["styles"].items()}
         return {"eval/avg@k": result["avg@k"], "eval/truncated": result["truncated"], **styles}
+
+    return observe
+
+
+def _closeness(job: Job, policy: LanguageModel, teacher: LanguageModel | None, mesh: Mesh):
+    """Condition C2 on prompts of the evaluation, as rows of monitors.jsonl; influences nothing and is not billed."""
+    node, execution = job.spec, job.execution
+    if teacher is None or job.monitor is None or not execution.monitor_problems or not isinstance(node, StageSpec):
+        return None
+    prompts = [p.unlabelled() for p in select(job.monitor.problems)[: execution.monitor_problems]]
+    view = View(1.0, execution.micro_batch_tokens, execution.chunk_tokens)
+
+    def observe() -> dict[str, float]:
+        return closeness(
+            policy,
+            teacher,
+            prompts,
+            max_new_tokens=node.settings.max_new_tokens,
+            temperature=node.settings.temperature,
+            seed=node.seed,
+            view=view,
+            max_tokens=execution.sampler_tokens,
+            mesh=mesh,
+        )
 
     return observe

@@ -15,6 +15,7 @@ from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
 from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
 from headwater.stages.common import check_pool, rollout_metrics, teacher_rollouts
+from headwater.stages.watched import watched
 from headwater.types import Grade, Problem, Rollout
 from headwater.update import AdamW, Loss, Term, learning_rate, update
 
@@ -48,7 +49,7 @@ def train(
         check_same_tokenizer(student, teacher)
         rollouts = teacher_rollouts(settings, teacher=teacher, problems=problems, grade=grade, seed=seed, run=run)
 
-    for step in range(first, settings.steps):
+    for step in watched(settings, None, run, first):
         drawn = streams.epoch_order(rollouts, step * per_step, per_step, "sft", seed)
         if settings.tokens == "solutions":
             run.ledger.reveal(step, [r.problem_id for r in drawn])

@@ -14,6 +14,7 @@ from headwater.run import StageRun
 from headwater.scoring.log_probs import View, top_k_scores
 from headwater.scoring.weights import token_weights
 from headwater.stages.common import check_pool, dense_loss, rollout_metrics, teacher_rollouts
+from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem
 from headwater.update import AdamW, learning_rate, update
 
@@ -31,9 +32,11 @@ def train(
     """Train `student` in place towards the teacher's distributions on the teacher's own prefixes (arXiv:2605.12483,
     stage 2a).
 
-    Answers are looked at only when `settings.keep` filters, which needs `grade`. Returns the optimizer, whose masters
-    are the result. Raises ValueError for different tokenizers or too few rollouts, NonFiniteError as `update` does.
+    Answers are looked at only when `settings.keep` filters or a gate watches the score, which need `grade`. Returns the
+    optimizer, whose masters are the result. Raises ValueError for different tokenizers or too few rollouts,
+    NonFiniteError as `update` does.
     """
+    problems, held = hold_out(settings, problems)
     check_pool(problems, 1, labelled=settings.keep != "all")
     check_same_tokenizer(student, teacher)
     ex, mesh, per_step = run.execution, run.mesh, settings.sequences_per_step
@@ -48,7 +51,8 @@ def train(
         if first == 0:
             run.meter.add("scored", pool.num_tokens, teacher.num_parameters)
 
-    for step in range(first, settings.steps):
+    look = looker(settings, held, student, run, seed, teacher=teacher, grade=grade)
+    for step in watched(settings, look, run, first):
         rows = streams.epoch_order(range(len(pool)), step * per_step, per_step, "warmup", seed)
         batch = pool.take(rows)
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater import assets, spec
+from headwater.arms import StageName
 from headwater.config import (
     GRPO,
     SFT,
@@ -287,6 +288,9 @@ def most_reveals(recipe: Recipe, name: str) -> int | None:
     total = 0
     for stage in arm_stages(recipe.arms[variant.arm]):
         settings = recipe.settings(variant.arm, stage)
+        if settings.gate is not None and settings.gate.watch == "score":
+            looks = -(-settings.steps // settings.gate.every)
+            total += looks * settings.gate.held_out(_available(recipe, name, stage))
         if isinstance(settings, GRPO):
             total += settings.steps * settings.problems_per_step * (1 + settings.redraws)
         elif isinstance(settings, TeacherRollouts) and settings.keep != "all":
@@ -296,19 +300,27 @@ def most_reveals(recipe: Recipe, name: str) -> int | None:
     return total
 
 
-def _check_budget(recipe: Recipe, name: str) -> None:
+def _available(recipe: Recipe, name: str, stage: StageName) -> int:
+    """Problems that a stage of a variant of an arm is given."""
     variant = recipe.variants[name]
     arm = recipe.arms[variant.arm]
-    for stage in arm_stages(arm):
+    if arm.prompts == "unlabelled" and stage not in ("teacher_rl", "teacher_sft", "student_rl"):
+        return recipe.pool.unlabelled
+    return variant.labels // 2 if arm.halves else variant.labels
+
+
+def _check_budget(recipe: Recipe, name: str) -> None:
+    variant = recipe.variants[name]
+    for stage in arm_stages(recipe.arms[variant.arm]):
         settings = recipe.settings(variant.arm, stage)
-        available = variant.labels // 2 if arm.halves else variant.labels
-        if isinstance(settings, Distill) and arm.prompts == "unlabelled":
-            available = recipe.pool.unlabelled
+        available = _available(recipe, name, stage)
+        held = settings.gate.held_out(available) if settings.gate else 0
         needed = settings.problems_per_step if isinstance(settings, GRPO | Distill) else 1
-        if needed > available:
+        if needed > available - held:
             raise ValueError(
                 f"arm {name!r}: [stages.{stage}] takes {needed} problems a step, its share of the pool has "
-                f"{available}: lower problems_per_step or raise pool.labels"
+                f"{available}{f', of which its gate holds out {held}' if held else ''}: lower problems_per_step or "
+                "raise pool.labels"
             )
     limit = recipe.pool.max_reveals
     if limit is None:

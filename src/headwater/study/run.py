@@ -26,7 +26,17 @@ from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
 from headwater.study.results import results
 
-COPIED = ("spec.json", "done.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "ledger.jsonl", "error.txt")
+COPIED = (
+    "spec.json",
+    "done.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "evals.jsonl",
+    "monitors.jsonl",
+    "gates.jsonl",
+    "ledger.jsonl",
+    "error.txt",
+)
 ROUNDING = (
     "device",
     "threads",
@@ -193,7 +203,7 @@ def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
     execution = recipe.execution
     if execution.threads is None and execution.executor != "inline":
         execution = execution.model_copy(update={"threads": 1})
-    monitored = bool(execution.eval_every)
+    monitored = bool(execution.eval_every or execution.monitor_problems)
     return {
         key: Job(node, execution, graph.monitors[node.seed] if monitored and isinstance(node, StageSpec) else None)
         for key, node in graph.nodes.items()
