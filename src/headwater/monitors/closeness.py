@@ -13,7 +13,7 @@ from headwater.losses.closeness import token_closeness
 from headwater.mesh import Mesh
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel, check_same_tokenizer
-from headwater.rollouts.batch import Batch, MicroBatch, micro_batches, unflatten
+from headwater.rollouts.batch import Batch, MicroBatch, micro_batches, states, unflatten
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.scoring.log_probs import View, hidden_scores
 from headwater.types import Problem, Rollout
@@ -44,9 +44,10 @@ def compare_rollouts(
             meter.add("evaluated", Batch.of(rollouts).num_tokens, model.num_parameters)
     batch = Batch.of(mesh.shard(rollouts))
     found: dict[str, list[tuple[MicroBatch, Tensor]]] = {}
-    for micro in micro_batches(batch, max_tokens=view.max_tokens, device=student.device):
+    share = student.shares_prefixes and teacher.shares_prefixes
+    for micro in micro_batches(batch, max_tokens=view.max_tokens, device=student.device, share=share):
         tokens = token_closeness(
-            student.hidden(micro.ids, micro.attention_mask)[micro.predicts],
+            states(student, micro),
             student.padded_head,
             hidden_scores(teacher, micro),
             micro.targets,
