@@ -3,8 +3,11 @@ import time
 
 import pytest
 
+from headwater.flops import Shape, Work
 from headwater.ledger import Ledger
-from headwater.meter import Meter, total
+from headwater.meter import Meter, difference, total
+
+SHAPE = Shape(layers=1, hidden=1, heads=1, kv_heads=1, head_dim=1, mlp=0, vocab=3)
 
 
 def test_a_reveal_counts_once_however_often_it_is_repeated(tmp_path):
@@ -47,14 +50,45 @@ def test_a_rank_that_does_not_write_counts_all_the_same(tmp_path):
 
 
 def test_meter_counts_tokens_and_flops_by_role():
+    """Width 1 and no MLP: 4 multiply-adds a token in the layer, 2 a pair, 3 for logits."""
     meter = Meter()
-    meter.add("trained", 10, 100)
-    meter.add("trained", 5, 100)
-    meter.add("sampled", 7, 3)
-    meter.add("graded", 4, 50)
+    meter.add("trained", SHAPE, [(2, 1), (1, 1)], Work(6, 18, 2), projections=4)
+    meter.add("sampled", SHAPE, [(2, 3)])
+    meter.add("prefilled", SHAPE, [(2, 0)])
+    meter.add("graded", SHAPE, [(2, 3)])
+    meter.add("discarded", SHAPE, [(2, 3)])
     state = meter.state()
-    assert state["trained"] == {"tokens": 15, "flops": 6 * 15 * 100, "seconds": 0.0}
-    assert state["sampled"]["flops"] == 2 * 7 * 3 and state["graded"] == {"tokens": 4, "flops": 0, "seconds": 0.0}
+    assert state["trained"] == {
+        "tokens": 5,
+        "flops": 6 * (4 * 5 + 2 * (6 + 3) + 3 * 2),
+        "seconds": 0.0,
+        "executed_flops": 6 * (4 * 6 + 2 * 18) + 8 * 3 * 2,
+        "padding": 1,
+    }
+    # Two of the three tokens are read again, at positions 3 and 4.
+    assert (state["sampled"]["tokens"], state["sampled"]["flops"]) == (3, 2 * (4 * 2 + 2 * 7 + 3 * 3))
+    assert (state["prefilled"]["tokens"], state["prefilled"]["flops"]) == (2, 2 * (4 * 2 + 2 * 3))
+    assert state["graded"]["tokens"] == 3 and state["graded"]["flops"] == 0
+    assert meter.tokens == 10 and meter.flops == sum(state[r]["flops"] for r in ("trained", "sampled", "prefilled"))
+    whole = total([state])
+    assert whole["tokens"] == {"trained": 5, "sampled": 3, "prefilled": 2} and whole["flops"] == meter.flops
+    assert whole["wasted"]["discarded"]["flops"] == state["sampled"]["flops"]
+
+
+def test_lost_work_is_booked_apart():
+    meter = Meter()
+    meter.add("trained", SHAPE, [(2, 1)])
+    before = meter.state()
+    meter.add("trained", SHAPE, [(2, 1)])
+    meter.add("graded", SHAPE, [(2, 1)])
+    lost = difference(meter.state(), before)
+    other = Meter()
+    other.restore(before)
+    for _ in range(2):  # booking is not adding
+        other.lose([lost, lost])
+    assert other.state()["lost"]["tokens"] == 6 and other.tokens == 3
+    assert total([other.state()])["flops"] == before["trained"]["flops"]
+    assert total([other.state()])["wasted"]["lost"]["flops"] == 2 * before["trained"]["flops"]
 
 
 def test_nested_blocks_give_each_second_to_the_innermost_role(monkeypatch):
@@ -81,11 +115,14 @@ def test_nested_blocks_give_each_second_to_the_innermost_role(monkeypatch):
 
 def test_meter_goes_on_from_its_state():
     meter, other = Meter(), Meter()
-    meter.add("trained", 10, 100)
+    meter.add("trained", SHAPE, [(5, 5)])
     state = meter.state()
-    meter.add("trained", 1, 100)
+    meter.add("trained", SHAPE, [(0, 1)])
     assert state["trained"]["tokens"] == 10  # a copy
     other.restore(json.loads(json.dumps(state)))
-    other.add("trained", 1, 100)
+    other.add("trained", SHAPE, [(0, 1)])
     assert other.state() == meter.state()
-    assert total([meter.state(), other.state(), {}]) == {"tokens": {"trained": 22}, "flops": 13_200, "seconds": 0.0}
+    both = total([meter.state(), other.state(), {}])
+    assert both["tokens"] == {"trained": 22} and both["flops"] == 2 * meter.flops
+    old = {"trained": {"tokens": 1, "flops": 2.0, "seconds": 3.0}}  # of a run before executed FLOPs were counted
+    assert total([old])["executed_flops"] == 0 and total([old])["flops"] == 2

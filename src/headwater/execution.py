@@ -21,6 +21,8 @@ class Execution(Frozen):
     """Padded tokens (rows x (prompt + completion)) decoded at once: bounds the KV cache."""
     chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at once."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Of one device, in any currency: bills and plans get a price."""
     save_every: int = Field(default=20, ge=1)
     log_every: int = Field(default=1, ge=1)
     """Steps between rows of metrics; the last step always has one."""

@@ -21,7 +21,7 @@ from headwater import checkpoint
 from headwater.config import Execution
 from headwater.ledger import Ledger
 from headwater.mesh import Mesh
-from headwater.meter import Meter
+from headwater.meter import Bill, Meter, difference
 from headwater.models.language_model import LanguageModel
 from headwater.models.lora import merged, save_adapter
 from headwater.types import Rollout, Verdict
@@ -73,17 +73,36 @@ class StageRun:
             optimizer.restore(tensors)
             self.meter.restore(state["meter"])
             done = state["step"]
+        self._book_lost(done)
         if self.mesh.is_writer:
-            for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl", "monitors.jsonl", "gates.jsonl"):
+            names = ("metrics.jsonl", "samples.jsonl", "evals.jsonl", "monitors.jsonl", "gates.jsonl", "meter.jsonl")
+            for name in names:
                 _truncate(self.directory / name, done)
         self._seen = (time.monotonic(), self.meter.tokens)
         return done
+
+    def _book_lost(self, done: int) -> None:
+        """Meter as lost what earlier attempts spent on finished steps from `done` on."""
+        path = self.directory / "lost.jsonl"
+        lost = {row["time"]: row["meter"] for row in _rows(path)}
+        repeated = [row for row in _rows(self.directory / "meter.jsonl") if row["step"] >= done]
+        # By the time of its last step, so that a crash in here does not book an attempt twice.
+        if repeated and repeated[-1]["time"] not in lost:
+            kept: Bill = self.meter.state()
+            if not done and (rollouts := _rows(self.directory / "rollouts.jsonl")):
+                kept = rollouts[0]["meter"]
+            lost[repeated[-1]["time"]] = difference(repeated[-1]["meter"], kept)
+            if self.mesh.is_writer:
+                text = "".join(json.dumps({"time": t, "meter": bill}) + "\n" for t, bill in lost.items())
+                checkpoint.write_atomically(path, text)
+        self.meter.lose(lost.values())
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Append one row of metrics for step 0..steps-1, every `execution.log_every` steps and at the last."""
         if (step + 1) % self.execution.log_every == 0 or step + 1 == steps:
             row = {"step": step, "time": time.time(), **metrics, "ledger/labels": self.ledger.labels(step)}
             self._append("metrics.jsonl", [row])
+        self._append("meter.jsonl", [{"step": step, "time": time.time(), "meter": self.meter.state()}])
         now, tokens = time.monotonic(), self.meter.tokens
         rate = (tokens - self._seen[1]) / max(1e-9, now - self._seen[0])
         self._seen = (now, tokens)
@@ -212,11 +231,15 @@ def lease(directory: Path) -> Iterator[None]:
 
 def _truncate(path: Path, done: int) -> None:
     """Drop rows of steps that will be run again, and a last line torn by a crash."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] < done]
-    checkpoint.write_atomically(path, "".join(kept))
+    if path.exists():
+        kept = [row for row in _rows(path) if row["step"] < done]
+        checkpoint.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a JSONL file; none when there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def set_deterministic(threads: int | None) -> None:

@@ -16,6 +16,7 @@ from headwater.config import Evaluation
 from headwater.evals.statistics import majority, pass_at_k
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel
+from headwater.rollouts.batch import Batch
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.spec import EvaluationSpec
 from headwater.tasks.benchmarks import provenance
@@ -64,8 +65,9 @@ def evaluate(
             rollouts = sampler.sample(part, sampling)
             pairs = [(part[i // settings.samples], r.text) for i, r in enumerate(rollouts)]
             verdicts = mark_truncated(grade(pairs), rollouts)
-        prompts = sum(len(r.prompt_ids) for r in rollouts[:: settings.samples])
-        meter.add("evaluated", prompts + sum(len(r.completion_ids) for r in rollouts), model.num_parameters)
+        sizes = Batch.of(rollouts).sizes
+        meter.add("evaluated", model.shape, sizes, sampler.decoded)
+        meter.add("evaluated", model.shape, [(p, 0) for p, _ in sizes[:: settings.samples]], sampler.prefilled)
         for i, problem in enumerate(part):
             mine = slice(i * settings.samples, (i + 1) * settings.samples)
             rows.append(

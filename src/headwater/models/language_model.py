@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.cache_utils import DynamicLayer
 
 from headwater.config import LoRA, ModelConfig
+from headwater.flops import Shape, shape_of
 from headwater.models import template
 from headwater.models.lora import add_adapters, check_installed, without_adapters
 from headwater.types import Message
@@ -83,6 +84,12 @@ class LanguageModel:
     def num_trained(self) -> int:
         """Parameters that have gradients and optimizer state: all of them, or those of the adapters."""
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes that FLOPs are counted from; where only adapters are trained, with them."""
+        adapters = 0 if self.without_adapters or self.num_trained == self.num_parameters else self.num_trained
+        return shape_of(self.module.config.get_text_config().to_dict(), vocab=self.vocab_size, adapters=adapters)
 
     def hidden(
         self,

@@ -41,7 +41,7 @@ def compare_rollouts(
     mesh = mesh or Mesh()
     if meter is not None:
         for model in (student, teacher):
-            meter.add("evaluated", Batch.of(rollouts).num_tokens, model.num_parameters)
+            meter.add("evaluated", model.shape, Batch.of(rollouts).sizes, whole=True)
     batch = Batch.of(mesh.shard(rollouts))
     found: dict[str, list[tuple[MicroBatch, Tensor]]] = {}
     share = student.shares_prefixes and teacher.shares_prefixes
@@ -96,10 +96,12 @@ def sample_for(
     meter: Meter | None = None,
 ) -> list[Rollout]:
     """Rollouts to look at, never to train on; counted as `evaluated` where a meter is given."""
-    rollouts = TransformersSampler(model, max_tokens=max_tokens, mesh=mesh).sample(problems, sampling)
+    sampler = TransformersSampler(model, max_tokens=max_tokens, mesh=mesh)
+    rollouts = sampler.sample(problems, sampling)
     if meter is not None:
-        prompts = sum(len(r.prompt_ids) for r in rollouts[:: sampling.group_size])
-        meter.add("evaluated", prompts + sum(len(r.completion_ids) for r in rollouts), model.num_parameters)
+        sizes = Batch.of(rollouts).sizes
+        meter.add("evaluated", model.shape, sizes, sampler.decoded)
+        meter.add("evaluated", model.shape, [(p, 0) for p, _ in sizes[:: sampling.group_size]], sampler.prefilled)
     return rollouts
 
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from headwater import flops
+from headwater.flops import Work
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel, Prefixes
 from headwater.types import Rollout
@@ -47,6 +49,11 @@ class Batch:
     def lengths(self) -> list[int]:
         """Completion tokens of each row."""
         return [len(completion) for completion in self.completions]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Prompt and completion tokens of each row."""
+        return [(len(p), len(c)) for p, c in zip(self.prompts, self.completions, strict=True)]
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +112,18 @@ def micro_batches(
         if 4 * shared_cost <= 3 * cost:
             return [_pad(batch, group, device, share=True) for group in groups]
     return [_pad(batch, group, device) for group in plain]
+
+
+def executed_work(micros: Sequence[MicroBatch], mesh: Mesh) -> tuple[Work, Work]:
+    """What all ranks' micro-batches put through a model: the rows, and the prefixes they share."""
+    rows, shared = Work(), Work()
+    for micro in micros:
+        (count, width), before = micro.ids.shape, 0
+        if micro.prefixes is not None:
+            before = micro.prefixes.ids.shape[1]
+            shared += flops.padded_work(*micro.prefixes.ids.shape)
+        rows += Work(count * width, count * width * (before + width), len(micro.targets))
+    return flops.total(mesh.collect(rows)), flops.total(mesh.collect(shared))
 
 
 def _cut(order: list[tuple[int, int, int, int]], max_tokens: int) -> tuple[list[list[int]], int]:

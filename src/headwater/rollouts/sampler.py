@@ -16,6 +16,8 @@ from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from headwater import flops
+from headwater.flops import Work
 from headwater.mesh import Mesh
 from headwater.models.language_model import ATTENTION, LanguageModel
 from headwater.models.template import ends_in_stop, stop_length
@@ -55,6 +57,8 @@ class TransformersSampler:
         self.max_tokens = max_tokens
         self.mesh = mesh or Mesh()
         self.version = 0
+        self.prefilled = self.decoded = Work()
+        """What the last call of `sample` put through the model on all ranks, padding included."""
 
     def load(self, weights: object, version: int) -> None:
         self.version = version
@@ -73,18 +77,25 @@ class TransformersSampler:
         mine = self.mesh.shard(range(len(problems)))
         by_length = sorted(mine, key=lambda i: -len(prompts[i]))
         groups: list[list[Rollout]] = [[] for _ in problems]
+        prefilled, decoded = Work(), Work()
         while by_length:
             width = len(prompts[by_length[0]]) + sampling.max_new_tokens
             count = max(1, self.max_tokens // (width * sampling.group_size))
             chosen, by_length = by_length[:count], by_length[count:]
             places = [(problems[i].id, first[i] + g) for i in chosen for g in range(sampling.group_size)]
-            rollouts = self._decode(places, [prompts[i] for i in chosen], sampling)
+            rollouts, work = self._decode(places, [prompts[i] for i in chosen], sampling)
+            read = len(prompts[chosen[0]])
+            prefilled, decoded = prefilled + flops.padded_work(len(chosen), read), decoded + work
             for place, i in enumerate(chosen):
                 groups[i] = rollouts[place * sampling.group_size : (place + 1) * sampling.group_size]
+        self.prefilled, self.decoded = (flops.total(self.mesh.collect(work)) for work in (prefilled, decoded))
         return [rollout for group in self.mesh.gather([groups[i] for i in mine]) for rollout in group]
 
-    def _decode(self, places: list[tuple[str, int]], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
-        """One completion for every place (problem, index); `group_size` consecutive places share a prompt."""
+    def _decode(
+        self, places: list[tuple[str, int]], prompts: list[list[int]], sampling: Sampling
+    ) -> tuple[list[Rollout], Work]:
+        """One completion for every place (problem, index), and the work of decoding; `group_size` consecutive places
+        share a prompt."""
         model, group = self.model, sampling.group_size
         keys = np.array([streams.key(*sampling.stream, *place) for place in places], dtype=np.uint64)
         ids, mask, lengths = _pad_left(prompts, sampling.max_new_tokens, model.device)
@@ -97,9 +108,9 @@ class TransformersSampler:
         lengths = lengths.repeat_interleave(group)
         start = _Start(hidden, mask, lengths, cache, keys)
         decode = _replay if _replayable(model, cache) else _step_by_step
-        tokens, logprobs, count = decode(model, start, sampling)
+        tokens, logprobs, count, work = decode(model, start, sampling)
         prompts = [prompt for prompt in prompts for _ in range(group)]
-        return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist())
+        return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist()), work
 
     def _rollouts(
         self,
@@ -181,8 +192,8 @@ class _Start:
     keys: np.ndarray
 
 
-def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and log-probs [rows, limit], and how many of each row count."""
+def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Work]:
+    """Tokens and log-probs [rows, limit], how many of each row count, and the work."""
     hidden, mask, lengths, cache, keys = start.hidden, start.mask, start.lengths, start.cache, start.keys
     limit, rows, device = sampling.max_new_tokens, len(keys), hidden.device
     width = mask.shape[1] - limit
@@ -192,10 +203,12 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
     count = torch.full((rows,), limit)
     alive = np.arange(rows)  # rows of the output that each row of the batch writes
     running = torch.ones(rows, dtype=torch.bool)
+    work = Work()
     for position in range(limit):
         uniform = streams.uniforms(keys[alive], np.full(len(alive), position))
         token, logprob = _draw(model, hidden, torch.from_numpy(uniform).to(device), sampling)
         tokens[alive, position], logprobs[alive, position] = token.cpu(), logprob.cpu()
+        work += Work(logits=len(alive))
         ended = torch.isin(token, eos).cpu() & running[alive]
         if model.config.stop:
             ended |= _stopped(model, tokens[alive, : position + 1], running[alive])
@@ -211,7 +224,8 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
             alive, token, mask, lengths = alive[keep.numpy()], token[index], mask[index], lengths[index]
             cache.batch_select_indices(index)
         hidden = _forward(model, token[:, None], mask[:, : width + position + 1], (lengths + position)[:, None], cache)
-    return tokens, logprobs, count
+        work += Work(len(alive), len(alive) * (width + position + 1))
+    return tokens, logprobs, count, work
 
 
 SEGMENT, CHECK = 256, 32
@@ -243,7 +257,7 @@ class _Slots:
                 held[i][:, :, :used] = old[rows, :, :used]
 
 
-def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Work]:
     """As `_step_by_step`, replaying a CUDA graph of a step: Python takes several times longer to launch its kernels.
 
     A graph has fixed addresses and shapes. So tokens are drawn in segments, each with room in the cache for all its
@@ -258,7 +272,7 @@ def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Te
     filled.clear()  # else the prompts' keys and values would live as long as `start`
     token, logprob = _draw(model, start.hidden, _uniforms(start.keys, range(1), device)[0], sampling)
     tokens[:, 0], logprobs[:, 0] = token.cpu(), logprob.cpu()
-    alive, ended, done = np.arange(rows), torch.isin(token, eos), 1
+    alive, ended, done, work = np.arange(rows), torch.isin(token, eos), 1, Work(logits=rows)
     while done < limit and not bool(ended.all()):
         keep = (~ended).nonzero().squeeze(1)
         alive, token, mask, lengths = alive[keep.cpu().numpy()], token[keep], mask[keep], lengths[keep]
@@ -271,11 +285,12 @@ def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Te
         uniform = _uniforms(start.keys[alive], range(done, stop), device)
         drawn, scored, ended = _segment(model, token, bias, lengths + done - 1, slots, uniform, eos, sampling)
         stop, token = done + len(drawn), drawn[-1]
+        work += Work(1, size, 1) * drawn.numel()
         tokens[alive, done:stop], logprobs[alive, done:stop] = drawn.T.cpu(), scored.T.cpu()
         if model.config.stop:
             ended = ended | (_counts(model, tokens[alive, :stop]) < stop).to(device)
         done = stop
-    return tokens, logprobs, _counts(model, tokens)
+    return tokens, logprobs, _counts(model, tokens), work
 
 
 def _counts(model: LanguageModel, tokens: Tensor) -> Tensor:

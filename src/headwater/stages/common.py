@@ -16,7 +16,7 @@ from headwater.losses.dense import dense_divergence
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.monitors.health import repetition
-from headwater.rollouts.batch import MicroBatch
+from headwater.rollouts.batch import Batch, MicroBatch, executed_work, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
 from headwater.scoring.log_probs import hidden_scores, stored_scores
@@ -24,6 +24,9 @@ from headwater.types import Grade, Problem, Rollout, Verdict
 from headwater.update import Loss, Term
 
 T = TypeVar("T")
+EXACT = ("reverse_kl", "forward_kl", "jsd")
+DENSE, SPARSE = 3, 4
+"""Products with the student's LM head: logits and two gradients; `token_logprobs` makes the logits again."""
 
 
 def rows_of(groups: Sequence[Sequence[T]]) -> list[T]:
@@ -63,11 +66,27 @@ def grade_sharded(grade: Grade, completions: list[tuple[Problem, str]], mesh: Me
     return mesh.gather(grade(mesh.shard(completions)))
 
 
-def count_sampled(run: StageRun, model: LanguageModel, rollouts: Sequence[Rollout], group_size: int) -> None:
-    """Meter completion tokens as sampled and each group's prompt once as prefilled."""
-    parameters = model.num_parameters
-    run.meter.add("sampled", sum(len(r.completion_ids) for r in rollouts), parameters)
-    run.meter.add("prefilled", sum(len(r.prompt_ids) for r in rollouts[::group_size]), parameters)
+def count_sampled(run: StageRun, sampler: TransformersSampler, rollouts: Sequence[Rollout], group_size: int) -> None:
+    """Meter what was just sampled: completions, and each group's prompt once as prefilled."""
+    shape, sizes = sampler.model.shape, Batch.of(rollouts).sizes
+    run.meter.add("sampled", shape, sizes, sampler.decoded)
+    run.meter.add("prefilled", shape, [(p, 0) for p, _ in sizes[::group_size]], sampler.prefilled)
+
+
+def count_scored(run: StageRun, model: LanguageModel, batch: Batch, micros: Sequence[MicroBatch] | None = None) -> None:
+    """Meter a frozen model's look at a batch: in these micro-batches, or in those that `score_tokens` makes."""
+    if micros is None:
+        tokens, share = run.execution.micro_batch_tokens, model.shares_prefixes
+        micros = micro_batches(batch.shard(run.mesh), max_tokens=tokens, share=share)
+    run.meter.add("scored", model.shape, batch.sizes, *executed_work(micros, run.mesh))
+
+
+def count_trained(
+    run: StageRun, model: LanguageModel, batch: Batch, micros: Sequence[MicroBatch], projections: int
+) -> None:
+    """Meter an update on a batch in micro-batches; `projections`: products with the LM head that the loss makes."""
+    again, executed = model.checkpoint_activations, executed_work(micros, run.mesh)
+    run.meter.add("trained", model.shape, batch.sizes, *executed, projections=projections, recomputed=again)
 
 
 def dense_loss(
@@ -81,7 +100,7 @@ def dense_loss(
     kind = settings.divergence if isinstance(settings, Distill) else "reverse_kl"
     kind = "forward_kl" if isinstance(settings, Warmup) else kind
     beta = (settings.beta if isinstance(settings, Distill) else None) or 0.5
-    if kind not in ("reverse_kl", "forward_kl", "jsd"):
+    if kind not in EXACT:
         raise ValueError(f"{kind} is a policy gradient on drawn tokens, not a divergence over the vocabulary")
 
     def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
@@ -119,7 +138,7 @@ def teacher_rollouts(
     path = run.directory / "rollouts.jsonl"
     if path.exists():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not run.meter.state():  # no checkpoint brought a later one
+        if "sampled" not in run.meter.state():  # no checkpoint brought a later one
             run.meter.restore(rows[0]["meter"])
         return [Rollout(**row) for row in rows[1:]]
     group = settings.rollouts_per_problem
@@ -127,13 +146,14 @@ def teacher_rollouts(
     sampling = Sampling(("teacher", seed), group, settings.max_new_tokens, settings.temperature)
     with run.meter.timed("sampled"):
         rollouts = sampler.sample(problems, sampling)
-    count_sampled(run, teacher, rollouts, group)
+    count_sampled(run, sampler, rollouts, group)
     if settings.keep != "all":
         if grade is None:
             raise ValueError(f"keep = {settings.keep!r} needs labelled problems and a grader")
         run.ledger.reveal(0, [p.id for p in problems])
         with run.meter.timed("graded"):
             verdicts = grade_sharded(grade, [(problems[i // group], r.text) for i, r in enumerate(rollouts)], run.mesh)
+        run.meter.add("graded", teacher.shape, Batch.of(rollouts).sizes)
         wanted = settings.keep == "correct"
         rollouts = [r for r, v in zip(rollouts, verdicts, strict=True) if v.correct == wanted]
         if len(rollouts) < settings.sequences_per_step:

@@ -16,7 +16,17 @@ from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import token_weights
-from headwater.stages.common import check_pool, count_sampled, dense_loss, rollout_metrics
+from headwater.stages.common import (
+    DENSE,
+    EXACT,
+    SPARSE,
+    check_pool,
+    count_sampled,
+    count_scored,
+    count_trained,
+    dense_loss,
+    rollout_metrics,
+)
 from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem
 from headwater.update import AdamW, Loss, Term, learning_rate, update
@@ -60,13 +70,14 @@ def train(
         sampling = Sampling(("distill", seed, step), settings.group_size, settings.max_new_tokens, settings.temperature)
         with run.meter.timed("sampled"):
             rollouts = sampler.sample(drawn, sampling)
-        count_sampled(run, student, rollouts, settings.group_size)
+        count_sampled(run, sampler, rollouts, settings.group_size)
 
         batch = Batch.of(rollouts)
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
         batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
         mine = batch.shard(mesh)
-        if settings.divergence in ("sampled_token", "sampled_sequence", "constant"):
+        dense = settings.divergence in EXACT
+        if not dense:
             if teacher is not None:
                 with run.meter.timed("scored"):
                     view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
@@ -81,8 +92,8 @@ def train(
             clip = settings.optimizer.max_grad_norm
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
         if teacher is not None:
-            run.meter.add("scored", batch.num_tokens, teacher.num_parameters)
-        run.meter.add("trained", batch.num_tokens, student.num_parameters)
+            count_scored(run, teacher, batch, micros if dense else None)
+        count_trained(run, student, batch, micros, DENSE if dense else SPARSE)
 
         run.log(step, settings.steps, {**rollout_metrics(rollouts), **metrics})
         run.show(step, rollouts)

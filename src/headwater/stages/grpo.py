@@ -20,7 +20,16 @@ from headwater.run import StageRun
 from headwater.scoring.advantages import group_advantages
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import soft_overlong_penalty, token_weights
-from headwater.stages.common import check_pool, count_sampled, grade_sharded, rollout_metrics, rows_of
+from headwater.stages.common import (
+    SPARSE,
+    check_pool,
+    count_sampled,
+    count_scored,
+    count_trained,
+    grade_sharded,
+    rollout_metrics,
+    rows_of,
+)
 from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem, Rollout, Verdict
 from headwater.update import AdamW, Loss, Term, learning_rate, update
@@ -157,6 +166,9 @@ def _live_groups(
             break
         replaced, kept_dead = dead[: len(fresh)], dead[len(fresh) :]
         redrawn += replaced
+        for _, rollouts, _ in replaced:
+            sizes = Batch.of(rollouts).sizes
+            run.meter.add("discarded", sampler.model.shape, [*sizes, (sizes[0][0], 0)])
         live = [g for g in groups if not _is_dead(g)]
         groups = live + kept_dead + sample_groups(settings, fresh, sampler, grade, ("grpo", *place, round_), run)
     return groups, redrawn
@@ -174,10 +186,11 @@ def sample_groups(
     sampling = Sampling(stream, size, settings.max_new_tokens, settings.temperature)
     with run.meter.timed("sampled"):
         rollouts = sampler.sample(problems, sampling)
-    count_sampled(run, sampler.model, rollouts, size)
+    count_sampled(run, sampler, rollouts, size)
     with run.meter.timed("graded"):
         pairs = [(problems[i // size], r.text) for i, r in enumerate(rollouts)]
         verdicts = mark_truncated(grade_sharded(grade, pairs, run.mesh), rollouts)
+    run.meter.add("graded", sampler.model.shape, Batch.of(rollouts).sizes)
     return [
         (p, rollouts[i * size : (i + 1) * size], verdicts[i * size : (i + 1) * size]) for i, p in enumerate(problems)
     ]
@@ -221,18 +234,19 @@ def _update_epochs(
     """
     ex = run.execution
     view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
-    parts = [part.shard(run.mesh) for part in _parts(batch, settings)]
+    whole = _parts(batch, settings)
+    parts = [part.shard(run.mesh) for part in whole]
     with run.meter.timed("scored"):
         if settings.updates_per_batch > 1:
             parts = [part.with_fields(old=score_tokens(policy, part, view)) for part in parts]
-            run.meter.add("scored", batch.num_tokens, policy.num_parameters)
+            count_scored(run, policy, batch)
         if reference is not None:
             parts = [part.with_fields(reference=score_tokens(reference, part, view)) for part in parts]
-            run.meter.add("scored", batch.num_tokens, reference.num_parameters)
+            count_scored(run, reference, batch)
     lr = learning_rate(settings.optimizer, step, settings.steps)
     observed: list[dict[str, float]] = []
     with run.meter.timed("trained"), run.guarded():
-        for part in parts:
+        for part, of_all in zip(parts, whole, strict=True):
             part, denominator = weigh(part, settings, run.mesh)
             micros = micro_batches(
                 part, max_tokens=ex.micro_batch_tokens, device=policy.device, share=policy.shares_prefixes
@@ -249,7 +263,7 @@ def _update_epochs(
                     mesh=run.mesh,
                 )
             )
-        run.meter.add("trained", batch.num_tokens, policy.num_parameters)
+            count_trained(run, policy, of_all, micros, SPARSE)
     return {
         name: max(m[name] for m in observed) if name.endswith("_max") else sum(m[name] for m in observed) / len(parts)
         for name in observed[0]

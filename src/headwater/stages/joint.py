@@ -13,7 +13,16 @@ from headwater.rollouts.batch import MicroBatch, micro_batches
 from headwater.rollouts.sampler import TransformersSampler
 from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
-from headwater.stages.common import check_pool, dense_loss, rollout_metrics, rows_of
+from headwater.stages.common import (
+    DENSE,
+    SPARSE,
+    check_pool,
+    count_scored,
+    count_trained,
+    dense_loss,
+    rollout_metrics,
+    rows_of,
+)
 from headwater.stages.grpo import group_batch, policy_loss, reward_metrics, sample_groups, weigh
 from headwater.stages.watched import watched
 from headwater.types import Grade, Problem
@@ -63,8 +72,8 @@ def train(
             clip = settings.optimizer.max_grad_norm
             loss = joint_loss(dense, sparse, settings.reward_weight)
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
-        run.meter.add("scored", batch.num_tokens, teacher.num_parameters)
-        run.meter.add("trained", batch.num_tokens, student.num_parameters)
+        count_scored(run, teacher, batch, micros)
+        count_trained(run, student, batch, micros, DENSE + SPARSE)
 
         rollouts, verdicts = rows_of([g[1] for g in groups]), rows_of([g[2] for g in groups])
         run.log(step, settings.steps, {**reward_metrics(rewards), **rollout_metrics(rollouts, verdicts), **metrics})

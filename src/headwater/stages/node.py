@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from headwater import assets, spec
+from headwater import device as devices
 from headwater.checkpoint import write_atomically
 from headwater.config import GRPO, SFT, Distill, Execution, Joint, Warmup
 from headwater.evals.evaluate import evaluate
@@ -74,6 +75,7 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
             return
         check_device(job.execution.device)
         set_deterministic(job.execution.threads)
+        devices.reset_peak(job.execution.device)
         write_atomically(directory / "spec.json", job.to_json())
         outcome = {"key": key, "label": job.spec.label, "execution": job.execution.model_dump(mode="json")}
         outcome["environment"] = environment()
@@ -88,6 +90,8 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
                 notes.write_text(traceback.format_exc(), encoding="utf-8")
             raise
         notes.unlink(missing_ok=True)
+        outcome["peak_memory"] = devices.peak_memory(job.execution.device)
+        outcome["peak_flops"] = devices.matmul_peak(job.execution.device, job.spec.start.config.dtype)
         store.finish(key, outcome)
 
 
@@ -231,8 +235,9 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
         for pool in graders + monitor_pool:
             pool.close()
     save_model(policy, optimizer, store.model(spec.key(node)))
+    labels = {"revealed": run.ledger.revealed, "distinct": len(run.ledger.problems)}
     gate = {"gate": run.gate} if run.gate else {}
-    return {"meter": run.meter.state(), "revealed": run.ledger.revealed, "distinct": len(run.ledger.problems), **gate}
+    return {"meter": run.meter.state(), "devices": run.mesh.size, **labels, **gate}
 
 
 def _dispatch(

@@ -14,7 +14,7 @@ from headwater.rollouts import streams
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
 from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
-from headwater.stages.common import check_pool, rollout_metrics, teacher_rollouts
+from headwater.stages.common import SPARSE, check_pool, count_trained, rollout_metrics, teacher_rollouts
 from headwater.stages.watched import watched
 from headwater.types import Grade, Problem, Rollout
 from headwater.update import AdamW, Loss, Term, learning_rate, update
@@ -62,7 +62,7 @@ def train(
             clip = settings.optimizer.max_grad_norm
             loss = token_loss(student.vocab_size, denominator, ex.chunk_tokens)
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
-        run.meter.add("trained", batch.num_tokens, student.num_parameters)
+        count_trained(run, student, batch, micros, SPARSE)
 
         run.log(step, settings.steps, {**rollout_metrics(drawn), **metrics})
         run.show(step, drawn)

@@ -13,7 +13,15 @@ from headwater.rollouts.batch import Batch, micro_batches
 from headwater.run import StageRun
 from headwater.scoring.log_probs import View, top_k_scores
 from headwater.scoring.weights import token_weights
-from headwater.stages.common import check_pool, dense_loss, rollout_metrics, teacher_rollouts
+from headwater.stages.common import (
+    DENSE,
+    check_pool,
+    count_scored,
+    count_trained,
+    dense_loss,
+    rollout_metrics,
+    teacher_rollouts,
+)
 from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem
 from headwater.update import AdamW, learning_rate, update
@@ -49,7 +57,7 @@ def train(
         with run.meter.timed("scored"):
             pool = top_k_scores(teacher, pool, settings.stored_top_k, view)
         if first == 0:
-            run.meter.add("scored", pool.num_tokens, teacher.num_parameters)
+            count_scored(run, teacher, pool)
 
     look = looker(settings, held, student, run, seed, teacher=teacher, grade=grade)
     for step in watched(settings, look, run, first):
@@ -63,9 +71,9 @@ def train(
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
-        run.meter.add("trained", batch.num_tokens, student.num_parameters)
+        count_trained(run, student, batch, micros, DENSE)
         if not settings.stored_top_k:
-            run.meter.add("scored", batch.num_tokens, teacher.num_parameters)
+            count_scored(run, teacher, batch, micros)
 
         shown = [rollouts[r] for r in rows]
         run.log(step, settings.steps, {**rollout_metrics(shown), **metrics})

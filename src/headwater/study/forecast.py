@@ -12,10 +12,12 @@ from typing import Any
 
 from headwater import assets, spec
 from headwater.config import GRPO, SFT, Distill, TeacherRollouts, Warmup
-from headwater.meter import FLOPS_PER_TOKEN, Role
+from headwater.meter import Role
 from headwater.spec import EvaluationSpec, ModelRef, StageSpec
 from headwater.store import Store
 from headwater.study.graph import Graph
+
+FLOPS_PER_TOKEN = {"prefilled": 2, "sampled": 2, "graded": 0, "scored": 2, "trained": 6, "evaluated": 2}
 
 
 @dataclass(frozen=True)

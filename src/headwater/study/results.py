@@ -88,7 +88,21 @@ class _Reader:
         return {"distinct": len(distinct), "revealed": sum(ledger.revealed for ledger in ledgers)}
 
     def cost(self, stages: list[str]) -> dict[str, Any]:
-        return total([self.outcome(key)["meter"] for key in stages])
+        """The bill; MFU is model FLOPs over what the devices could have multiplied in the time outside grading."""
+        outcomes = [self.outcome(key) for key in stages]
+        bill = total([outcome["meter"] for outcome in outcomes])
+        bill["device_seconds"] = sum(_device_seconds(outcome) for outcome in outcomes)
+        able = sum(_device_seconds(o, "graded", "lost") * o.get("peak_flops", 0) for o in outcomes)
+        bill["mfu"] = bill["flops"] / able if able else None
+        bill["peak_memory"] = max((outcome.get("peak_memory", 0) for outcome in outcomes), default=0)
+        if (price := self.recipe.execution.price_per_hour) is not None:
+            bill["price"] = bill["device_seconds"] / 3600 * price
+        return bill
+
+
+def _device_seconds(outcome: dict[str, Any], *without: str) -> float:
+    busy = [row["seconds"] for role, row in outcome["meter"].items() if role not in without]
+    return outcome.get("devices", 1) * sum(busy)
 
 
 def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, Any]:
