@@ -95,7 +95,7 @@ class StageRun:
             if self.mesh.is_writer:
                 text = "".join(json.dumps({"time": t, "meter": bill}) + "\n" for t, bill in lost.items())
                 checkpoint.write_atomically(path, text)
-        self.meter.lose(lost.values())
+        self.meter.lose(self.mesh.collect(list(lost.values()))[0])
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Append one row of metrics for step 0..steps-1, every `execution.log_every` steps and at the last."""
