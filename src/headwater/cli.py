@@ -170,18 +170,24 @@ def audit_grader(
 @app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="A run directory.")],
-    arm: Annotated[str, typer.Argument(help="The arm whose student to export.")],
+    arm: Annotated[str, typer.Argument(help="ARM, whose student to export, or ARM/STAGE.")],
     to: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
     seed: Annotated[int | None, typer.Option(help="Which seed (default: the first).")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only what LoRA stages added, for peft.")] = False,
     store: StoreDir = None,
 ) -> None:
-    """Write an arm's student as a Hugging Face directory with a model card."""
-    from headwater.export import export_student
+    """Write a trained model as a Hugging Face directory with a model card."""
+    from headwater.export import export_model
 
     with _explained():
-        export_student(directory, arm, seed, to, dtype, _store(store))
-        console.print(f"{to}: load it with AutoModelForCausalLM.from_pretrained({str(to)!r})")
+        export_model(directory, arm, seed, to, _store(store), dtype=dtype, adapter=adapter)
+        load = (
+            f"PeftModel.from_pretrained(base, {str(to)!r})"
+            if adapter
+            else f"AutoModelForCausalLM.from_pretrained({str(to)!r})"
+        )
+        console.print(f"{to}: load it with {load}", soft_wrap=True)
 
 
 @app.command()

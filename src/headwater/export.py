@@ -1,92 +1,185 @@
-"""A student out of the store: a Hugging Face directory with tokenizer, generation config and a model card."""
+"""A trained model out of the store: a Hugging Face directory, or an adapter, with a model card written from the run."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from huggingface_hub import try_to_load_from_cache
+from transformers import GenerationConfig
 
-from headwater.config import load_recipe
+from headwater.arms import StageName
+from headwater.config import ModelConfig, Recipe, load_recipe
+from headwater.meter import total
+from headwater.models.language_model import LanguageModel, load_model
+from headwater.models.lora import join_adapters
+from headwater.spec import StageSpec
 from headwater.store import Store
 
 
-def export_student(directory: Path, arm: str, seed: int | None, to: Path, dtype: str, store: Store) -> None:
-    """Copy the student of `arm` from a finished run to `to`, rounded to `dtype`.
+@dataclass(frozen=True)
+class _Found:
+    """An endpoint of a finished run: `keys` are its arm's stages of one seed, up to the one that is exported."""
 
-    Raises ValueError for an unknown arm, seed or dtype, an unfinished run, a stage that is no longer in the store, and
-    a target that exists.
+    recipe: Recipe
+    results: dict[str, Any]
+    endpoint: str
+    seed: str
+    names: list[StageName]
+    keys: list[str]
+    store: Store
+
+    @property
+    def role(self) -> str:
+        arm = self.recipe.arms[self.results["arms"][self.endpoint.partition("/")[0]]["arm"]]
+        return arm.teacher_model if self.names[-1].startswith("teacher") else "student"
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.recipe.models[self.role]
+
+    def specs(self) -> dict[str, StageSpec]:
+        """The stages that made its weights, from the first."""
+        out: dict[str, StageSpec] = {}
+        key: str | None = self.keys[-1]
+        while key is not None:
+            out[key] = _node(self.store, key)
+            key = out[key].start.stage
+        return dict(reversed(out.items()))
+
+
+def _node(store: Store, key: str) -> StageSpec:
+    job = json.loads((store.path(key) / "spec.json").read_text(encoding="utf-8"))
+    return StageSpec.model_validate(job["spec"])
+
+
+def export_model(
+    directory: Path, endpoint: str, seed: int | None, to: Path, store: Store, *, dtype: str, adapter: bool
+) -> None:
+    """Write `ARM` (its student) or `ARM/STAGE` of a finished run to `to`, weights rounded to `dtype`.
+
+    With `adapter` the weights are one LoRA adapter for the recipe's model: what all stages on the way added, their
+    ranks together.
+    Raises ValueError for an unknown arm, stage, seed or dtype, an unfinished run, a stage that is no longer in the
+    store, a target that exists, and an adapter of a model that a stage trained in full.
     """
-    results = directory / "results.json"
-    if not results.exists():
-        raise ValueError(f"{directory} has no results.json: finish it with `headwater resume {directory}`")
-    found = json.loads(results.read_text(encoding="utf-8"))
-    recipe = load_recipe(directory / "recipe.toml")
-    if arm not in found["arms"]:
-        raise ValueError(f"no arm {arm!r} in {directory}; there are {sorted(found['arms'])}")
-    chosen = str(recipe.seeds[0] if seed is None else seed)
-    if chosen not in found["arms"][arm]["seeds"]:
-        raise ValueError(f"no seed {chosen} in arm {arm!r}; there are {sorted(found['arms'][arm]['seeds'])}")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r}: use float32 or bfloat16")
     if to.exists():
         raise ValueError(f"{to} exists: choose a directory that does not")
-    row = found["arms"][arm]["seeds"][chosen]
-    source = store.model(row["stages"][-1])
-    if not source.exists():
-        raise ValueError(
-            f"stage {row['stages'][-1]} is not in the store {store.root}: name the one it was run with (--store)"
-        )
-
+    found = _find(directory, endpoint, seed, store)
+    specs = found.specs()
+    if adapter and (full := [node.label for node in specs.values() if node.settings.lora is None]):
+        raise ValueError(f"{endpoint}: {full} trained all weights, so there is no adapter: leave out --adapter")
     aside = to.with_name(f".{to.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model.generation_config = _generation(model, tokenizer, recipe)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(
-        _card(recipe.name, arm, chosen, row, recipe.models["student"].source), encoding="utf-8"
-    )
+    model = load_model(found.config.model_copy(update={"dtype": dtype}), store.model(found.keys[-1]))
+    if adapter:
+        name = found.config.source.removeprefix("hf:").partition("@")[0]
+        join_adapters([store.path(key) / "adapter" for key in specs], aside, name, getattr(torch, dtype))
+        _generation(model, found.recipe).save_pretrained(aside)
+    else:
+        model.module.generation_config = _generation(model, found.recipe)
+        model.module.save_pretrained(aside)
+    model.tokenizer.save_pretrained(aside)
+    (aside / "README.md").write_text(_card(found, specs, to.name, adapter), encoding="utf-8")
     aside.rename(to)
 
 
-def _generation(model: Any, tokenizer: Any, recipe: Any) -> GenerationConfig:
+def _find(directory: Path, endpoint: str, seed: int | None, store: Store) -> _Found:
+    path = directory / "results.json"
+    if not path.exists():
+        raise ValueError(f"{directory} has no results.json: finish it with `headwater resume {directory}`")
+    results, recipe = json.loads(path.read_text(encoding="utf-8")), load_recipe(directory / "recipe.toml")
+    arm, slash, stage = endpoint.partition("/")
+    if arm not in results["arms"]:
+        raise ValueError(f"no arm {arm!r} in {directory}; there are {sorted(results['arms'])}")
+    row = results["arms"][arm]
+    if slash and stage not in row["stages"]:
+        raise ValueError(f"arm {arm!r} has no stage {stage!r}; there are {row['stages']}")
+    chosen = str(recipe.seeds[0] if seed is None else seed)
+    if chosen not in row["seeds"]:
+        raise ValueError(f"no seed {chosen} in arm {arm!r}; there are {sorted(row['seeds'])}")
+    end = row["stages"].index(stage) + 1 if slash else len(row["stages"])
+    keys = row["seeds"][chosen]["stages"][:end]
+    if not store.model(keys[-1]).exists():
+        raise ValueError(f"stage {keys[-1]} is not in the store {store.root}: name the one it was run with (--store)")
+    return _Found(recipe, results, endpoint, chosen, row["stages"][:end], keys, store)
+
+
+def _generation(model: LanguageModel, recipe: Recipe) -> GenerationConfig:
     """Sampling as the first evaluation did it, so that the exported model behaves as measured."""
     settings = next(iter(recipe.evaluations.values()))
-    known = model.generation_config.eos_token_id
-    ends = sorted({*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None})
+    pad = model.tokenizer.pad_token_id
     sampled = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     return GenerationConfig(
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+        eos_token_id=list(model.eos_ids),
+        pad_token_id=model.eos_ids[0] if pad is None else pad,
         max_new_tokens=settings.max_new_tokens,
         **(sampled if settings.temperature > 0 else {"do_sample": False}),
     )
 
 
-def _card(recipe: str, arm: str, seed: str, row: dict[str, Any], source: str) -> str:
-    scores = "\n".join(
-        f"| {task} | {e['avg@k']:.4f} | {e['k']} | {e['num_problems']} |" for task, e in row["evals"].items()
+def _card(found: _Found, specs: dict[str, StageSpec], name: str, adapter: bool) -> str:
+    store, source = found.store, found.config.source
+    ledgers = [store.ledger(key) for key in found.keys]
+    taught = dict.fromkeys(node.teacher.config.source for node in specs.values() if node.teacher)
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    return (
+        jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            found=found,
+            adapter=adapter,
+            name=name,
+            source=source,
+            hub=source.removeprefix("hf:").partition("@")[0] if source.startswith("hf:") else None,
+            licence=_licence(source),
+            teachers={teacher: _licence(teacher) for teacher in taught},
+            stages=[_node(store, key) for key in found.keys],
+            budget=found.results["arms"][found.endpoint.partition("/")[0]]["budget"],
+            labels=len(set().union(*(ledger.problems for ledger in ledgers))),
+            reveals=sum(ledger.revealed for ledger in ledgers),
+            cost=total([store.outcome(key)["meter"] for key in found.keys]),
+            scores=_scores(found),
+            made=store.outcome(found.keys[-1])["environment"],
+        )
     )
-    tokens = ", ".join(f"{n:,} {role}" for role, n in row["cost"]["tokens"].items() if n)
-    return f"""---
-library_name: transformers
-tags: [headwater]
----
-# {recipe}: {arm}, seed {seed}
 
-Trained with Headwater from `{source}`; stages {", ".join(row["stages"])}.
 
-Labels: {row["labels"]["distinct"]} distinct, {row["labels"]["revealed"]} reveals. Tokens: {tokens}.
-Model FLOPs {row["cost"]["flops"]:.3g}, {row["cost"]["seconds"]:.0f} s.
+def _scores(found: _Found) -> list[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """Evaluation, the numbers of this seed, and the summary over seeds where the run has one for this model."""
+    results, key = found.results, found.keys[-1]
+    rows = {
+        keys["stages"][-1]: (keys["evals"], arm["summary"])
+        for arm in results["arms"].values()
+        for keys in arm["seeds"].values()
+    }
+    if key in rows:
+        evals, summary = rows[key]
+    else:
+        row = results["models"].get(key, {"evals": {}})
+        same = (m.get("summary") for m in results["models"].values() if "of" in m and m["of"] == row.get("of"))
+        evals, summary = row["evals"].get(found.seed, {}), next(filter(None, same), {})
+    return [(name, result, summary.get(name)) for name, result in evals.items()]
 
-| evaluation | avg@k | k | problems |
-|---|---|---|---|
-{scores}
 
-These are one seed's numbers; intervals over seeds and problems are in the run's results.json.
-"""
+def _licence(source: str) -> str | None:
+    """What the model's own card says, where it can be read without a download."""
+    if source.startswith("world:"):
+        return "apache-2.0"
+    if source.startswith("hf:"):
+        name, _, revision = source.removeprefix("hf:").partition("@")
+        path = try_to_load_from_cache(name, "README.md", revision=revision or None)
+    else:
+        path = Path(source.removeprefix("file:")).expanduser() / "README.md"
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return None
+    line = re.search(r"^license: *(\S+)", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+    return line[1] if line else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headwater.methods import LoRA
@@ -99,3 +100,31 @@ def merged(base: Path, adapter: Path) -> PreTrainedModel:
 
     module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()  # pyright: ignore -- typed a Module
+
+
+def join_adapters(adapters: Sequence[Path], directory: Path, base: str, dtype: torch.dtype) -> None:
+    """Write one adapter for the model `base` that adds what these add together; their ranks add up.
+
+    sum_i s_i B_i A_i = s [B_1 s_1 / s, B_2 s_2 / s, ...] [A_1; A_2; ...] with the last one's s = alpha / rank.
+    """
+    from peft import LoraConfig
+
+    configs: list[Any] = [LoraConfig.from_pretrained(str(path)) for path in adapters]
+    parts = [load_file(path / "adapter_model.safetensors") for path in adapters]
+    last, scales = configs[-1], [config.lora_alpha / config.r for config in configs]
+    joined: dict[str, torch.Tensor] = {}
+    for name in sorted(set().union(*parts)):
+        like = next(part[name] for part in parts if name in part)
+        rows = "lora_A" in name
+        blocks = []
+        for part, config, scale in zip(parts, configs, scales, strict=True):
+            shape = (config.r, like.shape[1]) if rows else (like.shape[0], config.r)
+            block = part.get(name, torch.zeros(shape))  # a stage without this target added nothing there
+            blocks.append(block if rows else block * (scale / scales[-1]))
+        joined[name] = torch.cat(blocks, 0 if rows else 1).to(dtype).contiguous()
+    last.r = sum(config.r for config in configs)
+    last.lora_alpha = scales[-1] * last.r
+    last.target_modules = {name.split(".lora_")[0].rpartition(".")[2] for name in joined}
+    last.base_model_name_or_path = base
+    last.save_pretrained(str(directory))
+    save_file(joined, directory / "adapter_model.safetensors", {"format": "pt"})

@@ -11,6 +11,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def model_directory(source: str) -> Path:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware that a number was made with."""
-    packages = ("headwater", "torch", "transformers", "reasoning-gym", "math-verify")
+    packages = ["headwater", "torch", "transformers", "reasoning-gym", "math-verify"]
+    packages += ["peft"] if find_spec("peft") else []
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
