@@ -1,4 +1,4 @@
-"""The command line: run, resume, tune, eval, export, report, watch, stage."""
+"""The command line: run, resume, tune, eval, overlap, export, report, watch, stage."""
 
 from __future__ import annotations
 
@@ -165,6 +165,25 @@ def audit_grader(
         if out is not None:
             out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             typer.echo(f"{len(rows)} disagreements: {out}")
+
+
+@app.command()
+def overlap(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+    set_: Sets = None,
+    threshold: Annotated[float, typer.Option(help="What counts as overlap, a share in (0, 1].")] = 0.8,
+    examples: Annotated[int, typer.Option(help="Pairs to show of each kind.")] = 3,
+    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+) -> None:
+    """Show training problems that resemble evaluation problems, and how long prompts and solutions are in tokens."""
+    with _explained():
+        from headwater.report.data import print_survey, survey
+
+        found = survey(load_recipe(recipe, set_ or []), threshold, examples)
+        if form == "json":
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            print_survey(console, found)
 
 
 @app.command()

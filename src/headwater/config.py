@@ -74,6 +74,9 @@ class Pool(Frozen):
     budgets: tuple[int, ...] = ()
     """Label-efficiency curves: every arm is run at each of these sizes of the pool, the last of which is `labels`. The
     smaller pools are subsets of the larger; an arm `bridge` becomes `bridge@32` and so on."""
+    exclude_overlap: float | None = Field(default=None, gt=0, le=1)
+    """Keep out training and unlabelled problems that overlap this much with a problem of an evaluation, in words or but
+    for numbers (`tasks.overlap`; `headwater overlap` shows them)."""
 
     @model_validator(mode="after")
     def _nested(self) -> Pool:

@@ -38,6 +38,8 @@ class Problems(Frozen):
     part: Literal["all", "first", "second"] = "all"
     labelled: bool = True
     """False: the node gets prompts alone."""
+    excluded: tuple[str, ...] = ()
+    """Ids of problems that are left out before any is drawn."""
     digest: str
     """Of the prompts and, when labelled, the answers: the data are part of the key."""
 

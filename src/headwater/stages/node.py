@@ -108,7 +108,9 @@ def check_device(device: str) -> None:
 
 def select(problems: Problems) -> list[Problem]:
     """The problems a specification names; ValueError when the data are no longer what the study was planned on."""
-    pool = draw_pool(load_task(problems.task).problems(problems.split), problems.count, problems.seed)
+    left_out = set(problems.excluded)
+    there = [p for p in load_task(problems.task).problems(problems.split) if p.id not in left_out]
+    pool = draw_pool(there, problems.count, problems.seed)
     chosen = half(pool, problems.part)
     if not problems.labelled:
         chosen = [p.unlabelled() for p in chosen]

@@ -24,6 +24,7 @@ from headwater.config import (
 from headwater.grading.child import split_spec
 from headwater.spec import REVISIONS, EvaluationSpec, ModelRef, Problems, StageSpec
 from headwater.tasks import load_task
+from headwater.tasks.overlap import overlaps
 from headwater.tasks.pool import draw_pool, half, pool_digest
 from headwater.tasks.splits import check_disjoint
 from headwater.types import Problem, Task
@@ -78,6 +79,8 @@ class _Planner:
         self.recipe, self.offline, self.graph = recipe, offline, Graph()
         self._tasks: dict[str, Task | None] = {}
         self._data: dict[tuple[str, str], Sequence[Problem]] = {}
+        self._held_out: list[list[Problem]] = []
+        self._overlapping: dict[str, tuple[str, ...]] = {}
         self._models: dict[str, ModelRef] = {role: self._ref(model) for role, model in recipe.models.items()}
         self._check_data()
         # A matched arm needs the keys of the arm it is matched to.
@@ -142,7 +145,8 @@ class _Planner:
     def _pool(self, labels: int, seed: int, part: Part, *, labelled: bool, unlabelled: bool) -> Problems:
         split, count = ("unlabelled", self.recipe.pool.unlabelled) if unlabelled else ("train", labels)
         part = "all" if unlabelled else part
-        problems = half(self._draw(self.recipe.task, split, count, seed, f"the {split} pool"), part)
+        excluded = self._excluded(split)
+        problems = half(self._draw(self.recipe.task, split, count, seed, f"the {split} pool", excluded), part)
         return Problems(
             task=self.recipe.task,
             split=split,
@@ -150,6 +154,7 @@ class _Planner:
             seed=seed,
             part=part,
             labelled=labelled,
+            excluded=excluded,
             digest=pool_digest(problems if labelled else [p.unlabelled() for p in problems], labelled=labelled),
         )
 
@@ -224,9 +229,29 @@ class _Planner:
             self._data[place] = task.problems(split) if task else []
         return self._data[place]
 
-    def _draw(self, config: dict[str, Any], split: str, count: int, seed: int | None, what: str) -> list[Problem]:
+    def _excluded(self, split: str) -> tuple[str, ...]:
+        """Ids of the pool's problems that overlap too much with one of an evaluation."""
+        if self.recipe.pool.exclude_overlap is None:
+            return ()
+        if split not in self._overlapping:
+            pool, limit = self._problems(self.recipe.task, split), self.recipe.pool.exclude_overlap
+            found = [rows for held in self._held_out for rows in overlaps(pool, held, limit).values()]
+            self._overlapping[split] = tuple(sorted({row.train for rows in found for row in rows}))
+        return self._overlapping[split]
+
+    def _draw(
+        self,
+        config: dict[str, Any],
+        split: str,
+        count: int,
+        seed: int | None,
+        what: str,
+        excluded: Sequence[str] = (),
+    ) -> list[Problem]:
+        left_out = set(excluded)
         try:
-            return draw_pool(self._problems(config, split), count, seed) if self._task(config) else []
+            there = [p for p in self._problems(config, split) if p.id not in left_out]
+            return draw_pool(there, count, seed) if self._task(config) else []
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
 
@@ -240,6 +265,7 @@ class _Planner:
             held_out = self._draw(task, settings.split, settings.problems, None, f"evaluation {name!r}")
             if missing := [p.id for p in held_out if p.answer is None]:
                 raise ValueError(f"evaluation {name!r}: {len(missing)} problems have no answer")
+            self._held_out.append(held_out)
             for split in used:
                 check_disjoint(self._problems(recipe.task, split), held_out)
 
