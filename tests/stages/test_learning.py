@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater.config import GRPO, SFT, Distill, Evaluation, Warmup
+from headwater.config import GRPO, SFT, Distill, Evaluation, LoRA, Warmup
 from headwater.evals.evaluate import evaluate
 from headwater.losses import dense_divergence
 from headwater.meter import Meter
-from headwater.models.language_model import LanguageModel
+from headwater.models.language_model import LanguageModel, adapt
 from headwater.rollouts.batch import Batch, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
@@ -69,13 +69,15 @@ def worked_teacher(load_world, tmp_path_factory) -> LanguageModel:
     return teacher
 
 
-def test_grpo_raises_held_out_reward(load_world, tmp_path: Path):
-    """Measured over 3 seeds: from 0.35 to 0.64, 0.53 and 0.63."""
+@pytest.mark.parametrize("lora", [None, LoRA(rank=8)], ids=["all weights", "adapters"])
+def test_grpo_raises_held_out_reward(load_world, tmp_path: Path, lora: LoRA | None):
+    """Measured over 3 seeds: from 0.35 to 0.64, 0.53 and 0.63; adapters to 0.73, 0.64 and 0.67."""
     policy = load_world("teacher", trained=True)
+    policy = adapt(policy, lora, 0) if lora else policy
     settings = {"steps": 22, "max_new_tokens": LIMIT, "problems_per_step": 16, "group_size": 8}
     before = score(policy)
     grpo.train(
-        GRPO.model_validate(settings | {"optimizer": {"lr": 5e-4}}),
+        GRPO.model_validate(settings | {"optimizer": {"lr": 1e-3 if lora else 5e-4}}),
         policy=policy,
         problems=TRAIN,
         grade=grade_all,
