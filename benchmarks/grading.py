@@ -105,7 +105,7 @@ def main() -> None:
     found = {
         "commit": commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the start",
+        "device": f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before",
         "python": platform.python_version(),
         "workers": args.workers,
         "timeout_s": TIMEOUT_S,

@@ -47,7 +47,7 @@ SHELLS = [
 
 
 def hostile(draw: random.Random, marker: str) -> str:
-    """One completion: soup of LaTeX, nesting, powers, repetition, odd characters, injection, lists, digits, slow regexes."""
+    """One completion: LaTeX soup, nesting, powers, repetition, odd characters, injection, lists, digits, bad regexes."""
     kind = draw.randrange(9)
     if kind == 0:
         body = "".join(draw.choices(LATEX, k=draw.randrange(1, 40)))
@@ -149,7 +149,11 @@ SAFE = [
 
 
 @settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.generate],
 )
 @given(st.lists(st.sampled_from(SAFE), max_size=14).map("".join) | st.text(max_size=40), st.sampled_from(SHELLS))
 def test_any_text_gets_a_verdict_in_this_process_too(body: str, shell: str) -> None:
