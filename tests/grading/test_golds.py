@@ -52,7 +52,7 @@ def test_a_data_set_grades_its_own_golds_right_and_near_misses_wrong(data: DataS
             continue
         items += [(gold, text, True) for text in spellings(gold, data.grader)]
         items += [(gold, f"So \\boxed{{{miss}}}.", False) for miss in near_misses(gold.answer, data.grader)]
-    with GraderPool(data.grader, workers=2, timeout_s=20) as pool:
+    with GraderPool(data.grader, workers=2, timeout_s=20.0) as pool:
         verdicts = pool.grade([(Problem((), gold.answer), text) for gold, text, _ in items])
     print(data.name, "excepted", len(unusable), "graded", Counter(wanted for *_, wanted in items))
     failed = [(g.row, text[-80:]) for (g, text, wanted), v in zip(items, verdicts, strict=True) if v.correct != wanted]
