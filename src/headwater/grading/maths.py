@@ -38,10 +38,9 @@ _SPACING = re.compile(
 _TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|rm)\s*\{([^{}]*)\}"
 _AND_OR = re.compile(r"\\(?:text|mbox|textrm)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _UNIT = re.compile(rf"(?<=[0-9}})])\s*{_TEXT}(?:\s*\^\s*(?:[23]|\{{[23]\}}))?\s*$")
-_WORDS = re.compile(
-    r"(?<=[0-9}])(?:\s*(?:[ckm]m|[km]g|m[lL]|ft|in|lb|oz|hr|mph)\b|\s*[aApP]\.?[mM]\b\.?"
-    r"|\s+(?!pi\b)[A-Za-z][A-Za-z.]+)+(?:\^\{?[23]\}?)?$"
-)
+_UNIT_NAME = r"\s*(?:(?:[ckm]m|[km]g|m[lL]|ft|in|lb|oz|hr|mph)\b|[aApP]\.?[mM]\b\.?)"
+_PLAIN_WORD = r"\s+(?!pi\b)[A-Za-z][A-Za-z.]+"
+_WORDS = re.compile(rf"(?<=[0-9}}])(?:{_UNIT_NAME}(?:{_PLAIN_WORD})*|(?:{_PLAIN_WORD})+)(?:\^(?:[23]|\{{[23]\}}))?$")
 _SIGNS = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\b|°|\\?%|\\?\$|\\text\s*\{\s*\}")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:([0-9])\s*([0-9])(?![0-9])|([0-9])\s*(?=\{)|(\{[^{}]*\})\s*([0-9]))")
 _NUMBER = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.([0-9]+))?")
@@ -88,6 +87,8 @@ def find_answer(completion: str) -> str:
 
 def same_answer(gold: str, answer: str) -> bool:
     """Whether two answers have one value; not symmetric: `x = 5` answers 5, but only `y < 3` answers `y < 3`."""
+    if len(answer) > _MAX_PARSED:
+        return _squeeze(gold) == _squeeze(answer)
     gold, answer = normalise(gold), normalise(answer)
     if _squeeze(gold) == _squeeze(answer):
         return True
@@ -107,7 +108,7 @@ def same_answer(gold: str, answer: str) -> bool:
 
 def canonical(answer: str) -> str:
     """A spelling that many equal answers share: numbers as reduced fractions, the rest without spacing and units."""
-    text = normalise(answer)
+    text = normalise(answer) if len(answer) <= _MAX_PARSED else answer
     value = number(text)
     return _squeeze(text) if value is None else str(value[0])
 
