@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -87,6 +88,38 @@ def tune(
         with Progress(console, loaded) as progress:
             found = tune_rates(loaded, where, _store(store), on_event=progress.on_event, on_plan=progress.on_plan)
         print_tuning(console, found, where)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+    set_: Sets = None,
+    problems: Annotated[int, typer.Option(min=2, help="How many are sampled on.")] = 16,
+    rewards: Annotated[
+        bool, typer.Option("--reward-sample/--no-reward-sample", help="Grade samples: looks at their answers.")
+    ] = True,
+    offline: Annotated[bool, typer.Option("--offline", help="Take models and data from the caches only.")] = False,
+    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
+    store: StoreDir = None,
+) -> None:
+    """Prove on the real models and a few problems that a recipe can work; exit code 1 when something is wrong."""
+    if offline:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
+    with _explained():
+        if form not in ("text", "json"):
+            raise ValueError(f"--format {form}: use text or json")
+        loaded = load_recipe(recipe, set_ or [])
+        from headwater.doctor.checkup import examine
+        from headwater.report.terminal import print_findings
+
+        found = examine(loaded, _store(store), problems=problems, rewards=rewards)
+        if form == "json":
+            typer.echo(json.dumps([asdict(f) for f in found], indent=1))
+        else:
+            print_findings(console, found)
+    if {"error", "warning" if strict else "error"} & {f.level for f in found}:
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")
@@ -292,7 +325,7 @@ def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], sto
 def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict: bool) -> None:
     # Here and not above: --help and a misspelt recipe should not wait for torch.
     from headwater.report import page
-    from headwater.report.terminal import Progress, dry_run, print_results
+    from headwater.report.terminal import Progress, dry_run, print_findings, print_results
     from headwater.study.graph import plan
     from headwater.study.run import run as run_study
 
@@ -302,7 +335,10 @@ def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict
         return
     try:
         with Progress(console, recipe) as progress:
-            found = run_study(recipe, where, kept, on_event=progress.on_event, on_plan=progress.on_plan, strict=strict)
+            hooks = {"on_event": progress.on_event, "on_plan": progress.on_plan}
+            found = run_study(
+                recipe, where, kept, **hooks, on_warning=lambda w: print_findings(console, [w]), strict=strict
+            )
         print_results(console, recipe, found, where)
     finally:
         if (where / "results.json").exists():  # a run that failed has a report too

@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 
 from headwater.config import LoRA, ModelConfig
@@ -226,7 +233,9 @@ def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Mo
     rows = module.get_output_embeddings().weight.shape[0]  # pyright: ignore -- typed Module
     if len(tokenizer) > rows:
         raise ValueError(f"{config.source}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} rows")
-    model = LanguageModel(module, tokenizer, config, _eos_ids(module, tokenizer, config), len(tokenizer))
+    model = LanguageModel(
+        module, tokenizer, config, end_ids(module.generation_config, tokenizer, config), len(tokenizer)
+    )
     _check_plain_head(model)
     return model
 
@@ -251,9 +260,12 @@ def check_same_tokens(
         )
 
 
-def _eos_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> tuple[int, ...]:
-    generation = module.generation_config.eos_token_id if module.generation_config else None
-    named = [*(generation if isinstance(generation, list) else [generation]), tokenizer.eos_token_id]
+def end_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
+) -> tuple[int, ...]:
+    """Ids that end a completion: the generation config's, the tokenizer's and the recipe's; ValueError without any."""
+    eos = generation.eos_token_id if generation else None
+    named = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
     ids = {token for token in named if isinstance(token, int)}
     for token in config.stop_tokens:
         number = tokenizer.convert_tokens_to_ids(token)

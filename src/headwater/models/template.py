@@ -13,7 +13,8 @@ from headwater.methods import ModelConfig
 from headwater.types import Message
 
 _OPEN_THINK = re.compile(r"<think>\s*\Z")
-_PROBE = "\ue000"  # private use: in no template
+PROBE = "\ue000"
+"""A text (private use) that is in no template."""
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -87,10 +88,10 @@ def default_system(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> s
     ask = Message("user", "?")
     silent = _apply(tokenizer, config, [ask], False)
     try:
-        given = _apply(tokenizer, config, [Message("system", _PROBE), ask], False)
+        given = _apply(tokenizer, config, [Message("system", PROBE), ask], False)
     except ValueError:  # knows no system messages
         return ""
-    before, found, after = given.partition(_PROBE)
+    before, found, after = given.partition(PROBE)
     inside = len(silent) - len(before) - len(after)
     if found and inside > 0 and silent.startswith(before) and silent.endswith(after):
         return silent[len(before) : len(before) + inside]
@@ -125,7 +126,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, messages: Se
 
 def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text and of nothing else."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore -- typed for batches too
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # pyright: ignore -- typed for batches too
 
 
 def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

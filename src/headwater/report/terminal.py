@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.tree import Tree
 
 from headwater import spec
 from headwater.config import Recipe, arm_stages
+from headwater.doctor.finding import Finding
 from headwater.report import observations
 from headwater.report.directory import read
 from headwater.spec import StageSpec
@@ -283,3 +285,12 @@ def print_tuning(console: Console, found: dict[str, Any], out: Path) -> None:
         console.print(f"[stages.{stage}] optimizer = {{ lr = {lr:g} }}", markup=False)
     labels = found["labels"]
     console.print(f"{labels['distinct']} distinct labels, {labels['revealed']} reveals; all numbers in {out}")
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """What the doctor saw; of what is not as it should be also why it matters and what to change."""
+    for found in findings:
+        style = {"ok": "green", "warning": "yellow", "error": "red"}[found.level]
+        console.print(Text.assemble((f"{found.level:<8}", style), f"{found.name}: {found.seen}"), soft_wrap=True)
+        if found.why:
+            console.print(Text(f"        why: {found.why}\n        change: {found.change}"), soft_wrap=True)

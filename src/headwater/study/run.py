@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from transformers import AutoTokenizer
 
 from headwater.checkpoint import write_atomically
 from headwater.config import Recipe, load_recipe
-from headwater.models.language_model import check_same_tokens
+from headwater.doctor.checkup import checkup
+from headwater.doctor.finding import Finding
 from headwater.models.lora import check_targets
 from headwater.run import lease
 from headwater.spec import StageSpec, parents
@@ -26,6 +26,7 @@ from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
 from headwater.study.results import results
 
+OnWarning = Callable[[Finding], None]
 COPIED = (
     "spec.json",
     "done.json",
@@ -58,6 +59,7 @@ def run(
     *,
     on_event: OnEvent = lambda event: None,
     on_plan: Callable[[Graph, Store], None] = lambda graph, store: None,
+    on_warning: OnWarning = lambda finding: None,
     strict: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a study; returns the contents of `out/results.json`.
@@ -72,7 +74,7 @@ def run(
         claim(recipe, out)
         if not all(map(store.is_done, graph.nodes)):
             check_device(recipe.execution.device)
-            check_tokenizers(recipe)
+            check_up(recipe, on_warning)
             check_adapters(graph)
         jobs = to_jobs(recipe, graph)
         if strict and (differing := executed_otherwise(jobs, store)):
@@ -176,18 +178,16 @@ def claim(recipe: Recipe, out: Path) -> None:
     write_atomically(path, tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
 
 
-def check_tokenizers(recipe: Recipe) -> None:
-    """ValueError now, not after the teacher's training, when its tokens are not the student's."""
-    for model in recipe.models.values():
-        known = AutoTokenizer.from_pretrained(model_directory(model.source)).get_vocab() if model.stop_tokens else {}
-        for token in model.stop_tokens:
-            if token not in known:
-                raise ValueError(f"{model.source}: stop token {token!r} is not in the vocabulary")
-    student = recipe.models["student"].source
-    taught = [recipe.models[arm.teacher_model].source for arm in recipe.arms.values() if arm.teacher != "none"]
-    for source in dict.fromkeys(taught):
-        ours, theirs = (AutoTokenizer.from_pretrained(model_directory(name)) for name in (student, source))
-        check_same_tokens(ours, theirs, names=(student, source))
+def check_up(recipe: Recipe, on_warning: OnWarning) -> None:
+    """The doctor's cheap checks: ValueError now, not after hours, for what it calls an error."""
+    _, findings = checkup(recipe)
+    errors = [f for f in findings if f.level == "error"]
+    for found in findings:
+        if found.level == "warning":
+            on_warning(found)
+    if errors:
+        first = f"{errors[0].name}: {errors[0].seen}. {errors[0].why}: {errors[0].change}"
+        raise ValueError(first + f" (and {len(errors) - 1} more: headwater doctor RECIPE)" * (len(errors) > 1))
 
 
 def check_adapters(graph: Graph) -> None:
