@@ -122,6 +122,8 @@ def _generation(model: LanguageModel, recipe: Recipe) -> GenerationConfig:
         eos_token_id=list(model.eos_ids),
         pad_token_id=model.eos_ids[0] if pad is None else pad,
         max_new_tokens=settings.max_new_tokens,
+        # Rows of the head that are no tokens: we never sample them, and neither shall others.
+        suppress_tokens=list(range(model.vocab_size, len(model.padded_head))) or None,
         **(sampled if settings.temperature > 0 else {"do_sample": False}),
     )
 
