@@ -69,7 +69,11 @@ class TransformersSampler:
 
         Where a problem comes again its indices go on counting, so its rollouts differ.
         """
-        prompts = [self.model.encode(p.messages) for p in problems]
+        return self.complete(problems, [self.model.encode(p.messages) for p in problems], sampling)
+
+    @torch.no_grad()
+    def complete(self, problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        """As `sample`, from token ids in place of the problems' own prompts: a prompt and the beginning of an answer."""
         first, seen = [], Counter[str]()
         for problem in problems:
             first.append(seen[problem.id] * sampling.group_size)
