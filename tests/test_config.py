@@ -212,7 +212,7 @@ def test_values_are_frozen():
 )
 def test_stages_of_arms(arm: dict[str, Any], stages: list[str], halves: bool):
     point = Arm.model_validate(arm)
-    assert (arm_stages(point), point.halves) == (stages, halves)
+    assert (arm_stages(point), point.share == 0.5) == (stages, halves)
 
 
 def test_an_arm_overrides_leaves_and_keeps_the_rest():

@@ -79,8 +79,9 @@ class Arm(Frozen):
     with a constant advantage in the teacher's place."""
     finish: Literal["none", "fresh", "replay", "full"] = "none"
     """Student GRPO: on the second half of the pool, again on the first half, or on the whole pool."""
-    split: bool = False
-    """Spend only the first half of the pool upstream (implied by `fresh` and `replay`)."""
+    split: bool | Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = False
+    """Share of the pool that is spent upstream, its first problems; `true` is a half (implied by `fresh` and `replay`),
+    `auto` is decided by a probe of the pair (docs/probe.md). A side without labels is not trained."""
     prompts: Literal["pool", "unlabelled"] = "pool"
     """Which prompts the dense stages see."""
     updates: Literal["stage", "bridge"] = "stage"
@@ -112,10 +113,15 @@ class Arm(Frozen):
             raise ValueError("teacher_model has no effect in an arm without a teacher: remove it")
         if self.bridge == "none" and self.finish != "full":
             raise ValueError("an arm without a bridge is direct GRPO: finish = 'full'")
-        if self.bridge == "none" and (self.split or self.prompts != "pool"):
+        if self.bridge == "none" and (self.share is not None or self.prompts != "pool"):
             raise ValueError("split and prompts are about a bridge, which this arm does not have: remove them")
         if self.updates == "bridge" and len(BRIDGES[self.bridge]) != 1:
             raise ValueError(f"updates = 'bridge' is for bridges of one stage; {self.bridge!r} is not one")
+        if self.split == "auto" and (self.finish != "fresh" or self.teacher != "rl" or self.bridge == "joint"):
+            raise ValueError(
+                "split = 'auto' divides the labels between teacher GRPO and student GRPO: it needs teacher = 'rl', "
+                "finish = 'fresh' and a bridge without reward (not 'joint')"
+            )
         if self.match_flops is not None and self.bridge != "none":
             raise ValueError("match_flops is for direct GRPO (bridge = 'none')")
         for stage, changes in self.overrides.items():
@@ -126,8 +132,11 @@ class Arm(Frozen):
         return self
 
     @property
-    def halves(self) -> bool:
-        return self.split or self.finish in ("fresh", "replay")
+    def share(self) -> float | Literal["auto"] | None:
+        """Share of the pool that goes upstream, `auto` where a decision node says it; None: nothing is split."""
+        if isinstance(self.split, bool):
+            return 0.5 if self.split or self.finish in ("fresh", "replay") else None
+        return self.split
 
 
 def arm_stages(arm: Arm) -> list[StageName]:

@@ -122,6 +122,30 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def probe(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+    set_: Sets = None,
+    problems: Annotated[int | None, typer.Option(help="Labelled problems to look at (default: [probe]).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Completions of each.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Whose pair (default: the first arm with a teacher).")] = None,
+    format_: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    store: StoreDir = None,
+) -> None:
+    """Say, before labels are spent, whether they should go to the teacher; a sample of them is spent on it."""
+    with _explained():
+        if format_ not in ("text", "json"):
+            raise ValueError(f"--format {format_}: use text or json")
+        given = {"problems": problems, "samples": samples}
+        changes = [f"probe.{name}={value}" for name, value in given.items() if value is not None]
+        loaded = load_recipe(recipe, [*(set_ or []), *changes])
+        from headwater.report.probe import as_text
+        from headwater.study.measure import probe_pair
+
+        found = probe_pair(loaded, arm, _store(store))
+        typer.echo(json.dumps(found, indent=1) if format_ == "json" else as_text(found))
+
+
 @app.command(name="eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="A model source (hf:, file:, wheel:, world:) or a path.")],

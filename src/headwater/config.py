@@ -48,6 +48,7 @@ __all__ = [
     "ModelConfig",
     "Optimizer",
     "Pool",
+    "Probe",
     "Recipe",
     "TeacherRollouts",
     "Tuning",
@@ -96,6 +97,14 @@ class Tuning(Frozen):
     problems: int = Field(ge=2)
     samples: int = Field(ge=1)
     split: str = "tuning"
+
+
+class Probe(Frozen):
+    """How a pair of models is looked at before labels are spent (`headwater probe`, `split = "auto"`)."""
+
+    problems: int = Field(default=64, ge=2)
+    """Labelled problems of the pool whose answers are looked at: all of a smaller pool."""
+    samples: int = Field(default=8, ge=2)
 
 
 class Evaluation(Frozen):
@@ -156,6 +165,7 @@ class Recipe(Frozen):
     evaluations: dict[Name, Evaluation] = Field(min_length=1)
     comparisons: tuple[Comparison, ...] = ()
     tuning: Tuning | None = None
+    probe: Probe = Probe()
     execution: Execution = Execution()
 
     @model_validator(mode="after")
@@ -195,13 +205,17 @@ class Recipe(Frozen):
         settings = {stage: self.settings(name, stage) for stage in needed}
         if arm.teacher != "none" and arm.teacher_model not in self.models:
             raise ValueError(f"arm {name!r} needs [models.{arm.teacher_model}]")
-        if arm.halves and min(self.pool.budgets or (self.pool.labels,)) < 2:
+        if arm.share is not None and min(self.pool.budgets or (self.pool.labels,)) < 2:
             raise ValueError(f"arm {name!r} splits the pool: pool.labels must be at least 2, and so must every budget")
         if arm.prompts == "unlabelled" and not self.pool.unlabelled:
             raise ValueError(f"arm {name!r} has prompts = 'unlabelled': set pool.unlabelled")
         dense = [s for stage, s in settings.items() if stage not in ("teacher_rl", "teacher_sft", "student_rl")]
         if arm.prompts == "unlabelled" and any(map(needs_answers, dense)):
             raise ValueError(f"arm {name!r} has prompts = 'unlabelled', but 'keep', 'solutions' and joint need answers")
+        if arm.share in (0.0, "auto") and any(map(needs_answers, dense)):
+            raise ValueError(
+                f"arm {name!r} may leave no labels upstream (split = {arm.split!r}), but 'keep' needs some: remove it"
+            )
         distill = settings.get("distill")
         if isinstance(distill, Distill) and (distill.divergence == "constant") != (arm.bridge == "no-teacher"):
             raise ValueError(f"arm {name!r}: divergence = 'constant' is for bridge = 'no-teacher', which has no other")

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, canonical
+from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, Probe, canonical
 
-REVISIONS = {"grpo": 2, "warmup": 1, "distill": 2, "sft": 1, "joint": 2, "evaluate": 1}
+REVISIONS = {"grpo": 2, "warmup": 1, "distill": 2, "sft": 1, "joint": 2, "evaluate": 1, "probe": 1}
 """Raised when a method's numbers change for the same specification; a golden trajectory fails until it is."""
 
 
@@ -28,7 +28,7 @@ class ModelRef(Frozen):
 
 
 class Problems(Frozen):
-    """Which problems a node sees: `count` drawn by a seed from a split of a task, or a half of them."""
+    """Which problems a node sees: `count` drawn by a seed from a split of a task, or a part of them."""
 
     task: dict[str, Any]
     split: str
@@ -36,6 +36,9 @@ class Problems(Frozen):
     seed: int | None
     """None keeps the split's own order (evaluation); a seed draws a nested subset (label pool)."""
     part: Literal["all", "first", "second"] = "all"
+    share: float | None = 0.5
+    """Size of the first part. None: the decision that the node names says it, an empty part of a dense stage is then
+    the whole pool, and `digest` is the whole pool's."""
     labelled: bool = True
     """False: the node gets prompts alone."""
     excluded: tuple[str, ...] = ()
@@ -59,6 +62,8 @@ class StageSpec(Frozen):
     """Of a grader that is a file of the user's: when it changes, so do the rewards."""
     match: tuple[str, ...] = ()
     """Keys of stages: this one ends when it has spent as many FLOPs as they did together."""
+    decision: str | None = None
+    """Key of the decision whose share of the pool this stage takes."""
 
     @property
     def label(self) -> str:
@@ -82,26 +87,60 @@ class EvaluationSpec(Frozen):
         return "evaluate"
 
 
-NodeSpec = Annotated[StageSpec | EvaluationSpec, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[StageSpec | EvaluationSpec] = TypeAdapter(NodeSpec)
+class DecisionSpec(Frozen):
+    """A probe of a student and a teacher, and the share of the labels that it sends upstream."""
+
+    kind: Literal["decision"] = "decision"
+    settings: Probe
+    revision: int
+    seed: int
+    start: ModelRef
+    teacher: ModelRef
+    trained: bool = True
+    """Reward will train the teacher; False: it teaches as it comes."""
+    problems: Problems
+    """The sample whose answers are looked at."""
+    held_out: Problems | None = None
+    """Prompts to compare with the sample's (C2), for people; the decision does not need them."""
+    labels: int
+    dense_prompts: int | None = None
+    """Prompts of the dense stages where they are not those of the upstream labels."""
+    least: tuple[int, int]
+    """Fewest problems that a step takes upstream and on the student."""
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+    grader: str
+    grader_digest: str | None = None
+
+    @property
+    def label(self) -> str:
+        return "probe"
 
 
-def parse(text: str) -> StageSpec | EvaluationSpec:
+NodeSpec = Annotated[StageSpec | EvaluationSpec | DecisionSpec, Field(discriminator="kind")]
+Node = StageSpec | EvaluationSpec | DecisionSpec
+_ADAPTER: TypeAdapter[Node] = TypeAdapter(NodeSpec)
+
+
+def parse(text: str) -> Node:
     """A specification from JSON."""
     return _ADAPTER.validate_json(text)
 
 
-def key(spec: StageSpec | EvaluationSpec) -> str:
+def key(spec: Node) -> str:
     """20 hex digits that name the node: equal for equal semantics, whatever executes it."""
     return digest(spec.model_dump(mode="json"))
 
 
-def parents(spec: StageSpec | EvaluationSpec) -> list[str]:
-    """Keys of the stages that this node reads: their weights, or what they spent."""
-    refs, matched = [spec.start], ()
+def parents(spec: Node) -> list[str]:
+    """Keys of the nodes that this one reads: their weights, what they spent, what they decided."""
+    refs, others = [spec.start], ()
+    if not isinstance(spec, EvaluationSpec):
+        refs += [spec.teacher] if spec.teacher else []
     if isinstance(spec, StageSpec):
-        refs, matched = refs + ([spec.teacher] if spec.teacher else []), spec.match
-    return [*(ref.stage for ref in refs if ref.stage is not None), *matched]
+        others = (*spec.match, *([spec.decision] if spec.decision else []))
+    return [*(ref.stage for ref in refs if ref.stage is not None), *others]
 
 
 def digest(value: object) -> str:

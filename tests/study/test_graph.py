@@ -11,9 +11,10 @@ from headwater import spec
 from headwater.config import Recipe, load_recipe
 from headwater.spec import EvaluationSpec, Problems, StageSpec
 from headwater.stages.node import select
-from headwater.study.graph import Graph, most_reveals, plan
+from headwater.study.budget import most_reveals
+from headwater.study.graph import Graph, plan
 from headwater.tasks import load_task
-from headwater.tasks.pool import draw_pool, half, pool_digest
+from headwater.tasks.pool import draw_pool, part_of, pool_digest
 from headwater.types import Message, Problem
 
 
@@ -203,8 +204,8 @@ def test_halves_are_disjoint_and_the_finish_gets_its_own(mini: Path, labels: int
 def test_halves_of_any_pool():
     for count in range(2, 7):
         pool = [Problem((Message("user", str(i)),)) for i in range(count)]
-        first, second = half(pool, "first"), half(pool, "second")
-        assert first + second == pool == half(pool, "all") and 0 <= len(second) - len(first) <= 1
+        first, second = part_of(pool, "first"), part_of(pool, "second")
+        assert first + second == pool == part_of(pool, "all") and 0 <= len(second) - len(first) <= 1
 
 
 def test_dense_stages_see_no_answers(mini: Path):

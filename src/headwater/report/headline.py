@@ -87,6 +87,17 @@ def prediction(row: Mapping[str, Any]) -> str | None:
     return f"Predicted: {claim}. {row['outcome'].capitalize()}: {found}; {why}."
 
 
+def decisions(results: Mapping[str, Any]) -> list[str]:
+    """What `split = "auto"` chose on every seed, and why."""
+    return [
+        f"{name}, seed {seed}: auto sends {row['decision']['share']:g} of the labels upstream because "
+        f"{row['decision']['reason']}."
+        for name, arm in results.get("arms", {}).items()
+        for seed, row in arm["seeds"].items()
+        if "decision" in row
+    ]
+
+
 def points(share: Number) -> str:
     """A share in hundredths, with one decimal."""
     return f"{100 * share:.1f}".replace("-0.0", "0.0").replace("-", MINUS)

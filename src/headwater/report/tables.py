@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from headwater.report.directory import Number, Run
-from headwater.report.headline import further, headlines, mean_over_seeds, points, prediction, signed
+from headwater.report.headline import decisions, further, headlines, mean_over_seeds, points, prediction, signed
 
 Role = Literal["base", "teacher", "stage", "arm"]
 Bound = tuple[Number | None, Number | None]
@@ -363,6 +363,7 @@ def as_markdown(run: Run) -> str:
     lines = [f"# {run.name}", ""]
     lines += [f"**{_plain(s.text)}**\n" for s in headlines(run)] + [f"{_plain(s.text)}\n" for s in further(run)]
     lines += [f"{_plain(text)}\n" for row in run.results.get("comparisons", []) if (text := prediction(row))]
+    lines += [f"{_plain(text)}\n" for text in decisions(run.results)]
     for task in tasks(run):
         rows = [
             (

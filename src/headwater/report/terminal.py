@@ -21,11 +21,13 @@ from headwater.config import Recipe, arm_stages
 from headwater.doctor.finding import Finding
 from headwater.report import observations
 from headwater.report.directory import read
+from headwater.report.headline import decisions
 from headwater.spec import StageSpec
 from headwater.store import Store
+from headwater.study.budget import most_reveals
 from headwater.study.executors import Event, holder
 from headwater.study.forecast import Forecast, forecast
-from headwater.study.graph import Graph, most_reveals
+from headwater.study.graph import Graph
 from headwater.study.run import executed_otherwise, to_jobs
 
 SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "eval/avg@k", "tokens/s")
@@ -262,6 +264,8 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
     seen = read(out)
     for line in [*observations.gates(seen), *(f"warning: {line}" for line in observations.health(seen))]:
         console.print(line, markup=False)
+    for text in decisions(found):
+        console.print(text, markup=False)
     study = found["study"]
     console.print(
         f"{study['stages_trained']} distinct stages for {study['stages_requested']} asked for by the arms; "

@@ -73,7 +73,8 @@ class TransformersSampler:
 
     @torch.no_grad()
     def complete(self, problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
-        """As `sample`, from token ids in place of the problems' own prompts: a prompt and the beginning of an answer."""
+        """As `sample`, from token ids in place of the problems' own prompts: a prompt and the beginning of an
+        answer."""
         first, seen = [], Counter[str]()
         for problem in problems:
             first.append(seen[problem.id] * sampling.group_size)

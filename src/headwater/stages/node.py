@@ -23,18 +23,21 @@ from headwater.checkpoint import write_atomically
 from headwater.config import GRPO, SFT, Distill, Execution, Joint, Warmup
 from headwater.evals.evaluate import evaluate
 from headwater.grading.pool import GraderPool
+from headwater.ledger import Ledger
 from headwater.mesh import Mesh, join
 from headwater.meter import Meter, total
 from headwater.models.gguf import convert_gguf
 from headwater.models.language_model import LanguageModel, load_model
 from headwater.monitors.closeness import closeness
+from headwater.probe.measure import measure
+from headwater.probe.rule import Situation, judge
 from headwater.run import OnLog, StageRun, lease, save_model, set_deterministic
 from headwater.scoring.log_probs import View
-from headwater.spec import EvaluationSpec, ModelRef, Problems, StageSpec
+from headwater.spec import DecisionSpec, EvaluationSpec, ModelRef, Node, Problems, StageSpec
 from headwater.stages import distill, grpo, joint, sft, warmup
 from headwater.store import Store
 from headwater.tasks import load_task
-from headwater.tasks.pool import draw_pool, half, pool_digest
+from headwater.tasks.pool import draw_pool, part_of, pool_digest
 from headwater.types import Problem
 from headwater.update import AdamW
 
@@ -44,7 +47,7 @@ class Job:
     """A specification and how to execute it; `monitor` is what a stage evaluates every `eval_every` steps,
     and on whose prompts it measures C2."""
 
-    spec: StageSpec | EvaluationSpec
+    spec: Node
     execution: Execution
     monitor: EvaluationSpec | None = None
 
@@ -84,6 +87,8 @@ def run_node(job: Job, store: Store, *, on_log: OnLog | None = None) -> None:
         try:
             if isinstance(job.spec, EvaluationSpec):
                 outcome |= _evaluate(job.spec, job.execution, store, directory, on_log)
+            elif isinstance(job.spec, DecisionSpec):
+                outcome |= _decide(job.spec, job.execution, store, directory)
             else:
                 outcome |= _train(job, store, directory, on_log)
         except Exception:
@@ -106,18 +111,22 @@ def check_device(device: str) -> None:
         raise ValueError(f"execution.device = {device!r} cannot be used ({reason}); this machine has {there}") from None
 
 
-def select(problems: Problems) -> list[Problem]:
-    """The problems a specification names; ValueError when the data are no longer what the study was planned on."""
+def select(problems: Problems, share: float | None = None) -> list[Problem]:
+    """The problems a specification names, with the `share` that a decision has fixed where it names one; ValueError
+    when the data are no longer what the study was planned on."""
     left_out = set(problems.excluded)
     there = [p for p in load_task(problems.task).problems(problems.split) if p.id not in left_out]
     pool = draw_pool(there, problems.count, problems.seed)
-    chosen = half(pool, problems.part)
     if not problems.labelled:
-        chosen = [p.unlabelled() for p in chosen]
+        pool = [p.unlabelled() for p in pool]
+    chosen = pool if problems.share is None else part_of(pool, problems.part, problems.share)
     if pool_digest(chosen, labelled=problems.labelled) != problems.digest:
         raise ValueError(
             f"the data of task {problems.task.get('name')!r} changed since the study was planned: run it anew"
         )
+    if share is not None and problems.share is None:
+        chosen = part_of(pool, problems.part, share)
+        chosen = chosen if chosen or problems.labelled else pool
     return chosen
 
 
@@ -216,10 +225,31 @@ def _evaluate(
     return {"result": result, "meter": meter.state()}
 
 
+def _decide(node: DecisionSpec, execution: Execution, store: Store, directory: Path) -> dict[str, Any]:
+    problems, ledger, meter = select(node.problems), Ledger(directory / "ledger.jsonl"), Meter()
+    student, teacher = (open_model(ref, store, execution) for ref in (node.start, node.teacher))
+    ledger.reveal(0, [p.id for p in problems])
+    models = {"student": student, "teacher": teacher}
+    seen_by = {"meter": meter, "max_tokens": execution.sampler_tokens}
+    with _grader(node.grader, execution) as pool:
+        measured, seen = measure(node, **models, problems=problems, grade=pool.grade, **seen_by)
+    prompts = {"pool": problems, "held out": select(node.held_out)} if node.held_out else {}
+    look = {"max_new_tokens": node.max_new_tokens, "temperature": node.temperature, "seed": node.seed}
+    c2 = {name: closeness(**models, problems=some, **look, **seen_by) for name, some in prompts.items()}
+    found = judge(measured, Situation(node.labels, node.dense_prompts, node.trained, node.least))
+    return {
+        "result": {**found, "models": seen, "c2": c2, "problems": len(problems), "labels": node.labels},
+        "share": found["share"],
+        "meter": meter.state(),
+        "revealed": ledger.revealed,
+        "distinct": len(ledger.problems),
+    }
+
+
 def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dict[str, Any]:
     node, execution = job.spec, job.execution
     assert isinstance(node, StageSpec)
-    problems = select(node.problems)
+    problems = select(node.problems, store.outcome(node.decision)["share"] if node.decision else None)
     policy = open_model(node.start, store, execution, trained=True, stage=node)
     teacher = open_model(node.teacher, store, execution) if node.teacher else None
     graders = [_grader(node.grader, execution)] if node.grader else []
@@ -234,7 +264,12 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
         monitor=_closeness(job, policy, teacher, mesh),
     )
     try:
-        optimizer = _dispatch(node, policy, teacher, problems, graders, store, run)
+        # A side of a split that has no labels takes no step.
+        optimizer = (
+            _dispatch(node, policy, teacher, problems, graders, store, run)
+            if problems
+            else AdamW(policy, node.settings.optimizer)
+        )
     finally:
         for pool in graders + monitor_pool:
             pool.close()

@@ -259,8 +259,9 @@ def _listen(
 
 
 def _ready(waiting: dict[str, Job], store: Store) -> Iterator[str]:
-    """Nodes whose parents are done and which nobody else is at work on: stages first, since others wait for them."""
-    for key in sorted(waiting, key=lambda k: waiting[k].spec.kind != "stage"):
+    """Nodes whose parents are done and which nobody else is at work on: evaluations last, which nobody waits
+    for."""
+    for key in sorted(waiting, key=lambda k: waiting[k].spec.kind == "evaluate"):
         if all(map(store.is_done, spec.parents(waiting[key].spec))) and holder(store.path(key)) is None:
             yield key
 

@@ -13,7 +13,8 @@ from typing import Any
 from headwater import assets, spec
 from headwater.config import GRPO, SFT, Distill, TeacherRollouts, Warmup
 from headwater.meter import Role
-from headwater.spec import EvaluationSpec, ModelRef, StageSpec
+from headwater.probe.measure import CONTINUATIONS
+from headwater.spec import DecisionSpec, EvaluationSpec, ModelRef, Node, StageSpec
 from headwater.store import Store
 from headwater.study.graph import Graph
 
@@ -54,14 +55,21 @@ def forecast(graph: Graph, store: Store) -> dict[str, Forecast]:
     return found
 
 
-def at_most(node: StageSpec | EvaluationSpec) -> list[tuple[Role, int, ModelRef]]:
+def at_most(node: Node) -> list[tuple[Role, int, ModelRef]]:
     """Completion tokens by role, with the model that processes them, when every completion has `max_new_tokens`.
 
     Not for a stage that ends by FLOPs, whose steps are not known.
     """
-    settings, start = node.settings, node.start
+    start = node.start
+    if isinstance(node, DecisionSpec):
+        once = node.problems.count * node.settings.samples * node.max_new_tokens
+        return [
+            ("evaluated", once * (1 + 2 * CONTINUATIONS), start),
+            ("evaluated", once * (1 + CONTINUATIONS), node.teacher),
+        ]
+    settings = node.settings
     if isinstance(node, EvaluationSpec):
-        return [("evaluated", node.problems.count * node.settings.samples * settings.max_new_tokens, start)]
+        return [("evaluated", node.problems.count * node.settings.samples * node.settings.max_new_tokens, start)]
     teacher = node.teacher
     if isinstance(settings, TeacherRollouts):
         trained = settings.steps * settings.sequences_per_step * settings.max_new_tokens
@@ -112,7 +120,9 @@ def _elements(path: Path) -> int:
 
 
 def _pool_size(node: StageSpec) -> int:
-    first = node.problems.count // 2
+    if node.problems.share is None:
+        return node.problems.count
+    first = int(node.problems.count * node.problems.share)
     return {"all": node.problems.count, "first": first, "second": node.problems.count - first}[node.problems.part]
 
 
@@ -131,22 +141,22 @@ def _finished(store: Store) -> dict[str, list[float]]:
     return found
 
 
-def _seconds(node: StageSpec | EvaluationSpec, finished: dict[str, list[float]]) -> tuple[float | None, int]:
+def _seconds(node: Node, finished: dict[str, list[float]]) -> tuple[float | None, int]:
     if isinstance(node, StageSpec) and node.match:
         return None, 0
     like = finished.get(_likeness(node), [])
     return (float(median(like) * _steps(node)) if like else None), len(like)
 
 
-def _steps(node: StageSpec | EvaluationSpec) -> int:
+def _steps(node: Node) -> int:
     return node.settings.steps if isinstance(node, StageSpec) else 1
 
 
-def _likeness(node: StageSpec | EvaluationSpec) -> str:
+def _likeness(node: Node) -> str:
     """Equal for nodes whose steps cost the same: method, settings but their number, and models as they began."""
     settings = node.settings.model_dump(mode="json", exclude={"steps"})
-    models: Iterable[ModelRef | None] = [node.start, node.teacher if isinstance(node, StageSpec) else None]
+    models: Iterable[ModelRef | None] = [node.start, None if isinstance(node, EvaluationSpec) else node.teacher]
     known: list[Any] = [node.label, settings, [ref and [ref.config.model_dump(), ref.fingerprint] for ref in models]]
-    if isinstance(node, EvaluationSpec) or isinstance(node.settings, TeacherRollouts):
+    if not isinstance(node, StageSpec) or isinstance(node.settings, TeacherRollouts):
         known.append([node.problems.count, node.problems.part])
     return spec.digest(known)

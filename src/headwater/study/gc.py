@@ -146,7 +146,7 @@ def size(path: Path) -> int:
 
 def _unused(path: Path, spec: Mapping[str, Any], num_bytes: int) -> Item:
     outcome = _json(path / "done.json")
-    kind: Kind = "unused evaluation" if spec.get("kind") == "evaluate" else "unused stage"
+    kind: Kind = "unused stage" if spec.get("kind", "stage") == "stage" else "unused evaluation"
     method = (spec.get("settings") or {}).get("method", "")
     state = "" if outcome else "unfinished "
     return Item(
@@ -185,6 +185,7 @@ def _with_parents(keys: set[str], specs: Mapping[str, Mapping[str, Any]]) -> set
             # Read without a schema: the store may hold nodes of other versions.
             refs = [spec.get(role) or {} for role in ("start", "teacher")]
             todo += [*(ref["stage"] for ref in refs if ref.get("stage")), *spec.get("match", ())]
+            todo += [spec["decision"]] if spec.get("decision") else []
     return found
 
 

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from headwater import assets, spec
-from headwater.arms import StageName
 from headwater.config import (
     GRPO,
     SFT,
-    Distill,
     ModelConfig,
     Recipe,
-    TeacherRollouts,
     arm_stages,
     needs_answers,
 )
 from headwater.grading.child import split_spec
-from headwater.spec import REVISIONS, EvaluationSpec, ModelRef, Problems, StageSpec
+from headwater.spec import REVISIONS, DecisionSpec, EvaluationSpec, ModelRef, Node, Problems, StageSpec
+from headwater.study.budget import check_budget, needed
 from headwater.tasks import load_task
 from headwater.tasks.overlap import overlaps
-from headwater.tasks.pool import draw_pool, half, pool_digest
+from headwater.tasks.pool import draw_pool, part_of, pool_digest
 from headwater.tasks.splits import check_disjoint
 from headwater.types import Problem, Task
 
@@ -41,10 +40,12 @@ class Graph:
     of the stage or of the evaluation.
     """
 
-    nodes: dict[str, StageSpec | EvaluationSpec] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     arms: dict[str, dict[int, list[str]]] = field(default_factory=dict)
+    decisions: dict[tuple[str, int], str] = field(default_factory=dict)
+    """(variant, seed) -> key of the decision that splits its labels."""
     teachers: dict[str, None] = field(default_factory=dict)
     evals: dict[tuple[str, str, int], str] = field(default_factory=dict)
     monitors: dict[int, EvaluationSpec] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class Graph:
     requested: int = 0
     """Stages that the arms would train if nothing were shared."""
 
-    def add(self, node: StageSpec | EvaluationSpec, name: str, title: str) -> str:
+    def add(self, node: Node, name: str, title: str) -> str:
         key = spec.key(node)
         self.nodes.setdefault(key, node)
         self.names.setdefault(key, name)
@@ -74,6 +75,17 @@ def plan(recipe: Recipe, *, offline: bool = False) -> Graph:
     return _Planner(recipe, offline).graph
 
 
+def probe_node(recipe: Recipe, arm: str) -> DecisionSpec:
+    """The probe of an arm's pair on the first seed's pool, with held-out prompts where the task has some.
+
+    Raises ValueError as `plan` does, and for an arm without a teacher.
+    """
+    if arm not in recipe.arms or recipe.arms[arm].teacher == "none":
+        taught = [name for name, point in recipe.arms.items() if point.teacher != "none"]
+        raise ValueError(f"--arm {arm!r}: choose an arm with a teacher: {taught}")
+    return _Planner(recipe, False).decision(arm, recipe.pool.labels, recipe.seeds[0], compare=True)
+
+
 class _Planner:
     def __init__(self, recipe: Recipe, offline: bool) -> None:
         self.recipe, self.offline, self.graph = recipe, offline, Graph()
@@ -85,22 +97,26 @@ class _Planner:
         self._check_data()
         # A matched arm needs the keys of the arm it is matched to.
         for name, variant in sorted(recipe.variants.items(), key=lambda item: self._is_matched(item[1].arm)):
-            _check_budget(recipe, name)
+            check_budget(recipe, name)
             for seed in recipe.seeds:
-                self.graph.arms.setdefault(name, {})[seed] = self._arm(variant.arm, variant.labels, seed)
+                self.graph.arms.setdefault(name, {})[seed] = self._arm(name, variant.arm, variant.labels, seed)
         self.graph.arms = {name: self.graph.arms[name] for name in recipe.variants}
         self._evaluations()
 
     def _is_matched(self, arm: str) -> bool:
         return self.recipe.arms[arm].match_flops is not None
 
-    def _arm(self, name: str, labels: int, seed: int) -> list[str]:
+    def _arm(self, variant: str, name: str, labels: int, seed: int) -> list[str]:
         stages: list[str] = []
         arm = self.recipe.arms[name]
-        upstream: Part = "first" if arm.halves else "all"
+        upstream: Part = "all" if arm.share is None else "first"
         finish: Part = {"fresh": "second", "replay": "first"}.get(arm.finish, "all")  # pyright: ignore -- all three are parts
         student, teacher = self._models["student"], self._models.get(arm.teacher_model)
         at = f", {labels} labels" if self.recipe.pool.budgets else ""
+        decision = None
+        if arm.share == "auto":
+            decision = self.graph.add(self.decision(name, labels, seed), "probe", f"probe, seed {seed}{at}")
+            self.graph.decisions[variant, seed] = decision
         for stage in arm_stages(arm):
             settings = self.recipe.settings(name, stage)
             of_teacher = stage in ("teacher_rl", "teacher_sft")
@@ -120,12 +136,15 @@ class _Planner:
                     labels,
                     seed,
                     finish if stage == "student_rl" else upstream,
+                    arm.share,
                     labelled=labelled,
+                    dense=dense,
                     unlabelled=dense and arm.prompts == "unlabelled",
                 ),
                 grader=self._grader(self.recipe.task) if labelled else None,
                 grader_digest=_code(self._grader(self.recipe.task)) if labelled else None,
                 match=self._matched(arm.match_flops, labels, seed),
+                decision=decision,
             )
             key = self.graph.add(node, stage, f"{stage}, seed {seed}{at}")
             self.graph.requested += 1
@@ -140,19 +159,71 @@ class _Planner:
     def _matched(self, arm: str | None, labels: int, seed: int) -> tuple[str, ...]:
         if arm is None:
             return ()
-        return tuple(self.graph.arms[f"{arm}@{labels}" if self.recipe.pool.budgets else arm][seed])
+        variant = f"{arm}@{labels}" if self.recipe.pool.budgets else arm
+        decided = self.graph.decisions.get((variant, seed))
+        return (*self.graph.arms[variant][seed], *([decided] if decided else []))
 
-    def _pool(self, labels: int, seed: int, part: Part, *, labelled: bool, unlabelled: bool) -> Problems:
-        split, count = ("unlabelled", self.recipe.pool.unlabelled) if unlabelled else ("train", labels)
-        part = "all" if unlabelled else part
+    def decision(self, name: str, labels: int, seed: int, *, compare: bool = False) -> DecisionSpec:
+        """The probe of an arm's pair, which also says how to split so many labels."""
+        recipe, arm = self.recipe, self.recipe.arms[name]
+        settings = {stage: recipe.settings(name, stage) for stage in arm_stages(arm)}
+        own = next((s for s in (settings.get("student_rl"), settings.get("teacher_rl")) if isinstance(s, GRPO)), None)
+        up = [s for stage, s in settings.items() if stage != "student_rl" and arm.prompts == "pool"]
+        grader = self._grader(recipe.task)
+        many = min(recipe.probe.problems, labels)
+        return DecisionSpec(
+            settings=recipe.probe,
+            revision=REVISIONS["probe"],
+            seed=seed,
+            start=self._models["student"],
+            teacher=self._models[arm.teacher_model],
+            trained=arm.teacher in ("rl", "sft"),
+            problems=self._pool(many, seed, "all", None, labelled=True),
+            held_out=self._unseen(many, seed) if compare else None,
+            labels=labels,
+            dense_prompts=recipe.pool.unlabelled if arm.prompts == "unlabelled" else None,
+            least=(max((needed(s, labels) for s in up), default=1), needed(own, labels) if own else 1),
+            group_size=own.group_size if own else 8,
+            max_new_tokens=max(s.max_new_tokens for s in settings.values()),
+            temperature=next(iter(settings.values())).temperature,
+            grader=grader,
+            grader_digest=_code(grader),
+        )
+
+    def _unseen(self, count: int, seed: int) -> Problems | None:
+        """Prompts that no stage sees, from the first split that has so many."""
+        for split in ("unlabelled", "tuning"):
+            with suppress(ValueError):
+                return self._pool(count, seed, "all", None, labelled=False, split=split)
+        return None
+
+    def _pool(
+        self,
+        labels: int,
+        seed: int,
+        part: Part,
+        share: float | Literal["auto"] | None,
+        *,
+        labelled: bool,
+        dense: bool = False,
+        unlabelled: bool = False,
+        split: str = "train",
+    ) -> Problems:
+        split, count = ("unlabelled", self.recipe.pool.unlabelled) if unlabelled else (split, labels)
+        whole = ("first", 1.0), ("second", 0.0), *([("first", 0.0)] if dense else [])
+        if unlabelled or (part, share) in whole:
+            part = "all"
         excluded = self._excluded(split)
-        problems = half(self._draw(self.recipe.task, split, count, seed, f"the {split} pool", excluded), part)
+        drawn = self._draw(self.recipe.task, split, count, seed, f"the {split} pool", excluded)
+        known = None if part == "all" or share == "auto" else share
+        problems = drawn if known is None else part_of(drawn, part, known)
         return Problems(
             task=self.recipe.task,
             split=split,
             count=count,
             seed=seed,
             part=part,
+            share=0.5 if part == "all" else known,
             labelled=labelled,
             excluded=excluded,
             digest=pool_digest(problems if labelled else [p.unlabelled() for p in problems], labelled=labelled),
@@ -303,58 +374,3 @@ def _code(grader: str) -> str | None:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def most_reveals(recipe: Recipe, name: str) -> int | None:
-    """Upper bound of the answers that a variant of an arm reveals in a seed, counting a re-read again; None where FLOPs
-    set its length."""
-    variant = recipe.variants[name]
-    if recipe.arms[variant.arm].match_flops is not None:
-        return None
-    total = 0
-    for stage in arm_stages(recipe.arms[variant.arm]):
-        settings = recipe.settings(variant.arm, stage)
-        if settings.gate is not None and settings.gate.watch == "score":
-            looks = -(-settings.steps // settings.gate.every)
-            total += looks * settings.gate.held_out(_available(recipe, name, stage))
-        if isinstance(settings, GRPO):
-            total += settings.steps * settings.problems_per_step * (1 + settings.redraws)
-        elif isinstance(settings, TeacherRollouts) and settings.keep != "all":
-            total += variant.labels
-        elif isinstance(settings, SFT) and settings.tokens == "solutions":
-            total += settings.steps * settings.sequences_per_step
-    return total
-
-
-def _available(recipe: Recipe, name: str, stage: StageName) -> int:
-    """Problems that a stage of a variant of an arm is given."""
-    variant = recipe.variants[name]
-    arm = recipe.arms[variant.arm]
-    if arm.prompts == "unlabelled" and stage not in ("teacher_rl", "teacher_sft", "student_rl"):
-        return recipe.pool.unlabelled
-    return variant.labels // 2 if arm.halves else variant.labels
-
-
-def _check_budget(recipe: Recipe, name: str) -> None:
-    variant = recipe.variants[name]
-    for stage in arm_stages(recipe.arms[variant.arm]):
-        settings = recipe.settings(variant.arm, stage)
-        available = _available(recipe, name, stage)
-        held = settings.gate.held_out(available) if settings.gate else 0
-        needed = settings.problems_per_step if isinstance(settings, GRPO | Distill) else 1
-        if needed > available - held:
-            raise ValueError(
-                f"arm {name!r}: [stages.{stage}] takes {needed} problems a step, its share of the pool has "
-                f"{available}{f', of which its gate holds out {held}' if held else ''}: lower problems_per_step or "
-                "raise pool.labels"
-            )
-    limit = recipe.pool.max_reveals
-    if limit is None:
-        return
-    reveals = most_reveals(recipe, name)
-    if reveals is None or reveals > limit:
-        count = "an unknown number of" if reveals is None else f"up to {reveals}"
-        raise ValueError(
-            f"arm {name!r} would reveal {count} answers a seed, over pool.max_reveals = {limit}: "
-            "lower steps or problems_per_step, or raise the budget"
-        )

@@ -8,17 +8,19 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
+from headwater import spec
 from headwater.config import Evaluation, Execution, ModelConfig, Pool, Recipe
 from headwater.evals.evaluate import protocol
 from headwater.evals.statistics import mean_interval
+from headwater.meter import total
 from headwater.methods import Frozen
 from headwater.overrides import explain, merge, override
 from headwater.spec import EvaluationSpec
-from headwater.stages.node import check_device
+from headwater.stages.node import Job, check_device, run_node
 from headwater.store import Store
 from headwater.study.executors import OnEvent, execute
-from headwater.study.graph import Graph, plan
-from headwater.study.run import to_jobs
+from headwater.study.graph import Graph, plan, probe_node
+from headwater.study.run import check_tokenizers, to_jobs
 from headwater.tasks import load_task
 from headwater.tasks.benchmarks import benchmarks
 
@@ -111,3 +113,19 @@ def evaluate_model(
             "samples_file": str(store.path(key) / "samples.jsonl"),
         }
     return found
+
+
+def probe_pair(recipe: Recipe, arm: str | None, store: Store) -> dict[str, Any]:
+    """The probe of an arm's pair (default: of the first arm with a teacher) on a sample of the first seed's pool.
+
+    Returns what `probe.rule.judge` found, the measurements behind it, the labels it cost and its cost; a second call
+    reads it from the store. Raises ValueError as `plan` does.
+    """
+    node = probe_node(recipe, arm or next((name for name, a in recipe.arms.items() if a.teacher != "none"), ""))
+    store.check_writable()
+    check_tokenizers(recipe)
+    run_node(Job(node, recipe.execution), store)
+    outcome = store.outcome(spec.key(node))
+    billed = {"distinct": outcome["distinct"], "revealed": outcome["revealed"]}
+    models = {"teacher": node.teacher.name, "student": node.start.name}
+    return {**outcome["result"], "pair": models, "billed": billed, "cost": total([outcome["meter"]])}

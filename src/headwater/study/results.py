@@ -102,7 +102,7 @@ class _Reader:
 
 def _device_seconds(outcome: dict[str, Any], *without: str) -> float:
     busy = [row["seconds"] for role, row in outcome["meter"].items() if role not in without]
-    return outcome.get("devices", 1) * sum(busy)
+    return outcome.get("devices", 1) * sum(busy, 0.0)
 
 
 def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, 
     reader = _Reader(recipe, graph, store, out)
     finished = [name for name in graph.arms if reader.is_finished(name)]
     stages = [key for key in graph.stages if store.is_done(key)]
+    spent = [*stages, *filter(store.is_done, graph.decisions.values())]
     complete = all(map(store.is_done, graph.nodes))
     return {
         "schema": 1,
@@ -126,8 +127,8 @@ def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, 
         "comparisons": _comparisons(reader),
         **(_curves(reader) if complete else {}),
         "study": {
-            "labels": reader.labels(stages),
-            "cost": reader.cost(stages),
+            "labels": reader.labels(spent),
+            "cost": reader.cost(spent),
             "stages_trained": len(stages),
             "stages_requested": graph.requested,
         },
@@ -135,22 +136,25 @@ def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, 
 
 
 def _arm(reader: _Reader, name: str) -> dict[str, Any]:
-    seeds, names = {}, reader.stages(name)
+    seeds, names = {}, [*reader.stages(name), "probe"]
     for seed, stages in reader.graph.arms[name].items():
+        decision = reader.graph.decisions.get((name, seed))
+        billed = [*stages, *([decision] if decision else [])]
         by_stage = [
             {"stage": stage, "key": key, "labels": reader.labels([key]), "cost": reader.cost([key])}
-            for stage, key in zip(names, stages, strict=True)
+            for stage, key in zip(names, billed, strict=False)
         ]
         seeds[str(seed)] = {
             "stages": stages,
-            "labels": reader.labels(stages),
-            "cost": reader.cost(stages),
+            "labels": reader.labels(billed),
+            "cost": reader.cost(billed),
             "by_stage": by_stage,
+            **({"decision": {"key": decision, **reader.outcome(decision)["result"]}} if decision else {}),
             "evals": reader.evals(stages[-1], seed),
         }
     variant = reader.recipe.variants[name]
     summary = {evaluation: _summary(reader, name, evaluation) for evaluation in reader.recipe.evaluations}
-    return {"arm": variant.arm, "budget": variant.labels, "stages": names, "seeds": seeds, "summary": summary}
+    return {"arm": variant.arm, "budget": variant.labels, "stages": names[:-1], "seeds": seeds, "summary": summary}
 
 
 def _models(reader: _Reader) -> dict[str, Any]:

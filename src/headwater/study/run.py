@@ -233,6 +233,9 @@ def describe(graph: Graph) -> dict[str, Any]:
     evals: dict[str, dict[str, dict[str, str]]] = {}
     for (model, evaluation, seed), key in graph.evals.items():
         evals.setdefault(model, {}).setdefault(evaluation, {})[str(seed)] = key
+    decisions: dict[str, dict[str, str]] = {}
+    for (variant, seed), key in graph.decisions.items():
+        decisions.setdefault(variant, {})[str(seed)] = key
     return {
         "nodes": {
             key: {
@@ -247,6 +250,7 @@ def describe(graph: Graph) -> dict[str, Any]:
             for key, node in graph.nodes.items()
         },
         "arms": {name: {str(seed): keys for seed, keys in seeds.items()} for name, seeds in graph.arms.items()},
+        "decisions": decisions,
         "evals": evals,
         "requested": graph.requested,
         "unchecked": graph.unchecked,

@@ -1,4 +1,4 @@
-"""Which problems a node sees: nested label pools drawn by a seed, their halves, and a digest of what was drawn."""
+"""Which problems a node sees: nested label pools drawn by a seed, their parts, and a digest of what was drawn."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def draw_pool(problems: Sequence[Problem], count: int, seed: int | None) -> list
     return sorted(problems, key=lambda p: hashlib.sha256(f"pool:{seed}:{p.id}".encode()).digest())[:count]
 
 
-def half(pool: Sequence[Problem], part: Literal["all", "first", "second"]) -> list[Problem]:
-    """The whole pool or one of its two disjoint halves (an odd one goes to the second)."""
-    middle = len(pool) // 2
+def part_of(pool: Sequence[Problem], part: Literal["all", "first", "second"], share: float = 0.5) -> list[Problem]:
+    """The whole pool or one of two disjoint parts, the first with `share` of it (rounded down)."""
+    middle = int(len(pool) * share)
     return {"all": list(pool), "first": list(pool[:middle]), "second": list(pool[middle:])}[part]
 
 
