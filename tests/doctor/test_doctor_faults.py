@@ -230,6 +230,7 @@ def test_a_healthy_pair_is_healthy(root: Path, tmp_path: Path):
     assert trouble(examine(recipe(root), Store(tmp_path / "store"))) == {}
 
 
+@pytest.mark.slow  # half a minute of sampling together
 def test_answers_of_other_problems_are_felt_in_the_rewards(root: Path, tmp_path: Path):
     """Bare answers that slipped by a row: nothing in the file shows it."""
 
@@ -244,6 +245,7 @@ def test_answers_of_other_problems_are_felt_in_the_rewards(root: Path, tmp_path:
     )
 
 
+@pytest.mark.slow  # half a minute of sampling together
 def test_the_same_teacher_and_a_worse_one(root: Path, tmp_path: Path):
     shutil.rmtree(root / "teacher")
     shutil.copytree(root / "student", root / "teacher")
