@@ -16,17 +16,18 @@ from headwater.rollouts.batch import Batch, micro_batches
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.types import Grade, Problem, Rollout, Verdict
 
-TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 1.0)}
+TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-1, 1.0)}
 """Mean and largest difference of a token's log-prob between two ways to compute it."""
 
 
 def check_scores(role: str, model: LanguageModel, rollouts: Sequence[Rollout], view: View) -> Iterator[Finding]:
     """Scoring twice, alone and in a batch, and sampling must give the same log-probs at the sampler's temperature."""
-    batch = Batch.of(rollouts)
+    few = rollouts[:: max(1, len(rollouts) // 16)]
+    batch = Batch.of(few)
     together = torch.cat(score_tokens(model, batch, view))
     again = torch.cat(score_tokens(model, batch, view))
     alone = torch.cat(score_tokens(model, batch, View(view.temperature, 1, view.chunk_tokens)))
-    sampled = torch.tensor([x for r in rollouts for x in r.sampler_logprobs])
+    sampled = torch.tensor([x for r in few for x in r.sampler_logprobs])
     gaps = {"again": together - again, "alone": together - alone, "sampler": together - sampled}
     means, worst = ({k: float(f(g.abs())) for k, g in gaps.items()} for f in (torch.mean, torch.max))
     limits = TOLERANCE[model.config.dtype]
@@ -42,13 +43,13 @@ def check_scores(role: str, model: LanguageModel, rollouts: Sequence[Rollout], v
     micros = micro_batches(batch, max_tokens=view.max_tokens)
     lasts = [int(m.targets[m.sequence_ids == i][-1]) for m in micros for i in range(m.num_sequences)]
     learned = sum(token in model.eos_ids for token in lasts)
-    finished = sum(r.completion_ids[-1] in model.eos_ids for r in rollouts)
+    finished = sum(r.completion_ids[-1] in model.eos_ids for r in few)
     ended, lengths = sum(r.finished for r in rollouts), [len(r.completion_ids) for r in rollouts]
     yield judge(
         f"{role}: endings",
         "error" if learned != finished else "warning" if ended <= 0.05 * len(rollouts) else "ok",
         f"{ended} of {len(rollouts)} completions end by themselves (mean length {mean(lengths):.0f}, longest "
-        f"{max(lengths)}), and {learned} end tokens are trained on",
+        f"{max(lengths)}); of {len(few)} laid out for training {learned} have their end token as a target",
         "what is cut gets no reward and teaches no end; the end token may not be the one this model writes",
         "raise max_new_tokens, ask for brief answers, or correct stop_tokens and the template",
     )
