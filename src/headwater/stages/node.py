@@ -27,7 +27,7 @@ from headwater.ledger import Ledger
 from headwater.mesh import Mesh, join
 from headwater.meter import Meter, total
 from headwater.models.gguf import convert_gguf
-from headwater.models.language_model import LanguageModel, load_model
+from headwater.models.language_model import LanguageModel, check_same_tokenizer, load_model
 from headwater.monitors.closeness import closeness
 from headwater.probe.measure import measure
 from headwater.probe.rule import Situation, judge
@@ -228,6 +228,7 @@ def _evaluate(
 def _decide(node: DecisionSpec, execution: Execution, store: Store, directory: Path) -> dict[str, Any]:
     problems, ledger, meter = select(node.problems), Ledger(directory / "ledger.jsonl"), Meter()
     student, teacher = (open_model(ref, store, execution) for ref in (node.start, node.teacher))
+    check_same_tokenizer(student, teacher)
     ledger.reveal(0, [p.id for p in problems])
     models = {"student": student, "teacher": teacher}
     seen_by = {"meter": meter, "max_tokens": execution.sampler_tokens}

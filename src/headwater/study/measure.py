@@ -20,7 +20,7 @@ from headwater.stages.node import Job, check_device, run_node
 from headwater.store import Store
 from headwater.study.executors import OnEvent, execute
 from headwater.study.graph import Graph, plan, probe_node
-from headwater.study.run import check_tokenizers, to_jobs
+from headwater.study.run import to_jobs
 from headwater.tasks import load_task
 from headwater.tasks.benchmarks import benchmarks
 
@@ -123,7 +123,6 @@ def probe_pair(recipe: Recipe, arm: str | None, store: Store) -> dict[str, Any]:
     """
     node = probe_node(recipe, arm or next((name for name, a in recipe.arms.items() if a.teacher != "none"), ""))
     store.check_writable()
-    check_tokenizers(recipe)
     run_node(Job(node, recipe.execution), store)
     outcome = store.outcome(spec.key(node))
     billed = {"distinct": outcome["distinct"], "revealed": outcome["revealed"]}
