@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import headwater.grading.pool as pool_module
 from headwater.grading.pool import GraderPool
 from headwater.types import Message, Problem, Verdict
 
@@ -233,3 +234,20 @@ def test_two_thousand_verdicts_take_less_than_a_second_or_so() -> None:
         start = time.perf_counter()
         grade_texts(pool, *["ok"] * 4000)
         assert 4000 / (time.perf_counter() - start) > 1000  # Alone on two cores about 20,000; the margin is for CI.
+
+
+def test_a_busy_machine_does_not_turn_work_into_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_clock = pool_module._processor_seconds
+    with GraderPool(f"{TOYS}:grade", workers=1, timeout_s=0.3) as pool:
+        items = [(Problem(()), "work a second")]
+        assert pool.grade(items)[0].reason == "timeout"
+        monkeypatch.setattr(pool_module, "_processor_seconds", lambda pid: true_clock(pid) / 6)
+        assert pool.grade(items)[0].correct
+        # Whoever sleeps is not kept from working, and patience has an end.
+        started = time.monotonic()
+        assert pool.grade([(Problem(()), "sleep")])[0].reason == "timeout"
+        assert time.monotonic() - started < 10
+        monkeypatch.setattr(pool_module, "_processor_seconds", lambda pid: 0.0)
+        started = time.monotonic()
+        assert pool.grade([(Problem(()), "loop")])[0].reason == "timeout"
+        assert time.monotonic() - started >= 3.0

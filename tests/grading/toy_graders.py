@@ -11,10 +11,15 @@ from headwater.types import Problem, Verdict
 
 
 def grade(completion: str, problem: Problem) -> Verdict:
+    begun = time.process_time()
     match completion:
         case "loop":
             while True:
                 pass
+        case "work a second":
+            while time.process_time() < 1.0 + begun:
+                pass
+            return Verdict(True, True, "correct", 1.0)
         case "sleep":
             time.sleep(60)
         case "memory":

@@ -37,7 +37,9 @@ def test_keys_are_the_same_in_another_process(mini: Path):
     code = "import sys; from pathlib import Path; from headwater.config import load_recipe\n"
     code += "from headwater.study.graph import plan; print(*plan(load_recipe(Path(sys.argv[1]))).nodes)"
     command = [sys.executable, "-c", code, str(mini)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
     assert done.stdout.split() == list(planned(mini)[1].nodes)
 
 

@@ -26,6 +26,7 @@ _START_S = 60.0
 _WINDOW = 32
 _CHUNK = 1 << 16
 _MAX_REPLY = 1 << 20
+_PATIENCE = 10  # Times the timeout, by the clock on the wall, for a child that other processes keep from running.
 
 
 @dataclass(eq=False)
@@ -34,6 +35,9 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     deadline: float
+    began: float = math.inf
+    """When the item at hand was begun, and below the child's processor seconds by then."""
+    used: float = 0.0
     ready: bool = False
     spent: bool = False
     outbox: bytearray = field(default_factory=bytearray)
@@ -65,7 +69,8 @@ class GraderPool:
 
     `grader` is `module:function` or `path/file.py:function` of a `(completion, problem) -> Verdict | bool | number`;
     with `trl:` in front a TRL reward function that gets message lists, with `trl-text:` one that gets strings.
-    `timeout_s` is wall-clock seconds per completion, `memory_mb` the address space of a child in MiB.
+    `timeout_s` is seconds per completion: by the clock, and of processor time (at most ten times as long by the clock)
+    for a child that is ready to run and has to wait for a busy machine. `memory_mb` is the address space of a child in MiB.
 
     An item whose grader hangs, crashes, exhausts its memory or breaks the protocol gets `Verdict(False, False, reason,
     0.0)` with reason "timeout", "memory" or "error". Its child is killed, with everything in the child's process group,
@@ -126,7 +131,10 @@ class GraderPool:
                     if key.data in self._workers:  # One that failed earlier in this round is gone.
                         (self._write if events & selectors.EVENT_WRITE else self._read)(key.data, call)
                 for worker in [w for w in self._workers if w.deadline <= time.monotonic()]:
-                    self._fail(worker, call, "timeout", "no answer in time")
+                    if (left := self._seconds_left(worker)) > 0:
+                        worker.deadline = time.monotonic() + left
+                    else:
+                        self._fail(worker, call, "timeout", "no answer in time")
         except BaseException:
             self.close()  # Replies to an abandoned call must not be taken for those of the next.
             raise
@@ -143,7 +151,7 @@ class GraderPool:
                 worker.outbox += wire.encode_item(completion, problem)
                 worker.items.append(call.pending.popleft())
                 if worker.ready and len(worker.items) == 1:
-                    worker.deadline = time.monotonic() + self.timeout_s
+                    self._begin(worker)
             if worker.outbox and worker.stdin not in self._selector.get_map():
                 self._selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
 
@@ -187,7 +195,20 @@ class GraderPool:
             call.verdicts[worker.items.popleft()] = verdict
             self.last_error = note or self.last_error
             worker.spent = verdict.reason == "memory"  # What it can still allocate is anybody's guess.
-        worker.deadline = time.monotonic() + self.timeout_s if worker.items else math.inf
+        worker.deadline = math.inf
+        if worker.items:
+            self._begin(worker)
+
+    def _begin(self, worker: _Worker) -> None:
+        worker.began, worker.used = time.monotonic(), _processor_seconds(worker.process.pid)
+        worker.deadline = worker.began + self.timeout_s
+
+    def _seconds_left(self, worker: _Worker) -> float:
+        """Of processor time, for a child that wants to run and could not: on a busy machine verdicts stay the same."""
+        pid = worker.process.pid
+        if not worker.ready or time.monotonic() - worker.began > _PATIENCE * self.timeout_s or not _is_runnable(pid):
+            return 0.0
+        return self.timeout_s - (_processor_seconds(pid) - worker.used)
 
     def _fail(self, worker: _Worker, call: _Call, reason: Reason | None, note: str) -> None:
         """Charge the item the child was at, and only that one. Reason None: the child ended by itself."""
@@ -242,3 +263,20 @@ class GraderPool:
         """Forget children that ended while idle, so that no item is charged for it."""
         for key, _ in self._selector.select(0):
             self._end(key.data)
+
+
+def _processor_seconds(pid: int) -> float:
+    """What a process has computed; 0 where it is gone, or the system has no such clock."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2)  # As Linux's clock_getcpuclockid has it.
+    except OSError:
+        return 0.0
+
+
+def _is_runnable(pid: int) -> bool:
+    """Whether a process computes or waits for a processor, rather than for anything else."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"R"
+    except OSError:
+        return False
