@@ -70,7 +70,7 @@ class GraderPool:
     `grader` is `module:function` or `path/file.py:function` of a `(completion, problem) -> Verdict | bool | number`;
     with `trl:` in front a TRL reward function that gets message lists, with `trl-text:` one that gets strings.
     `timeout_s` is seconds per completion: by the clock, and of processor time (at most ten times as long by the clock)
-    for a child that is ready to run and has to wait for a busy machine. `memory_mb` is the address space of a child in MiB.
+    for a child that is ready to run and has to wait for a busy machine. `memory_mb` is the address space of a child.
 
     An item whose grader hangs, crashes, exhausts its memory or breaks the protocol gets `Verdict(False, False, reason,
     0.0)` with reason "timeout", "memory" or "error". Its child is killed, with everything in the child's process group,
