@@ -54,6 +54,37 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+    set_: Sets = None,
+    profile: Annotated[
+        str | None, typer.Option(help="a100, h100, h200, b200, l40s, rtx4090, or a TOML file: instead of this machine.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Ask the real models, for tens of seconds.")
+    ] = True,
+    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    store: StoreDir = None,
+) -> None:
+    """Say what a study will cost before it runs: steps, labels, tokens, FLOPs, memory, time and price."""
+    with _explained():
+        loaded = load_recipe(recipe, set_ or [])
+        if form not in ("text", "json"):
+            raise ValueError(f"--format {form}: use text or json")
+        from headwater.report.terminal import print_plan
+        from headwater.study.calibrate import calibrate as measure
+        from headwater.study.graph import plan as draw
+        from headwater.study.outlook import outlook, profile_of
+
+        device, graph = profile_of(profile) if profile else None, draw(loaded)
+        found = outlook(loaded, graph, measure(loaded, graph, _store(store), measure=calibrate), device)
+        if form == "json":
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            print_plan(console, loaded, found)
+
+
+@app.command()
 def resume(
     directory: Annotated[Path, typer.Argument(help="A run directory.")],
     store: StoreDir = None,
@@ -360,9 +391,8 @@ def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict
     try:
         with Progress(console, recipe) as progress:
             hooks = {"on_event": progress.on_event, "on_plan": progress.on_plan}
-            found = run_study(
-                recipe, where, kept, **hooks, on_warning=lambda w: print_findings(console, [w]), strict=strict
-            )
+            warn = {"on_warning": lambda w: print_findings(console, [w])}
+            found = run_study(recipe, where, kept, **hooks, **warn, strict=strict, calibrated=True)
         print_results(console, recipe, found, where)
     finally:
         if (where / "results.json").exists():  # a run that failed has a report too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from contextlib import suppress
@@ -30,6 +31,16 @@ def peak_memory(device: str) -> int:
 def resident_memory(device: str) -> int:
     """Bytes in use now, counted as `peak_memory` does."""
     return torch.cuda.memory_allocated() if device.startswith("cuda") else _status("VmRSS")
+
+
+def memory_of(device: str) -> int:
+    """Bytes of the device, of the machine for the CPU; 0 where it cannot be told."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
 
 
 def _status(name: str) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,19 @@ from headwater.doctor.finding import Finding
 from headwater.report import observations
 from headwater.report.directory import read
 from headwater.report.headline import decisions
+from headwater.report.tables import count, duration, flops
 from headwater.spec import StageSpec
 from headwater.store import Store
 from headwater.study.budget import most_reveals
+from headwater.study.calibrate import calibrate
 from headwater.study.executors import Event, holder
-from headwater.study.forecast import Forecast, forecast
 from headwater.study.graph import Graph
+from headwater.study.outlook import outlook
 from headwater.study.run import executed_otherwise, to_jobs
 
 SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "eval/avg@k", "tokens/s")
 PLAIN_EVERY_S = 10.0
+SPANS: tuple[tuple[str, Callable[[float], str]], ...] = (("tokens", count), ("flops", flops), ("seconds", duration))
 
 
 class Progress:
@@ -118,9 +120,8 @@ def dry_run(console: Console, recipe: Recipe, graph: Graph, store: Store) -> Non
     cost."""
     console.print(f"{recipe.name}: {recipe.note.strip()}", markup=False)
     states = {key: state(store, key) for key in graph.nodes}
-    costs = forecast(graph, store)
     console.print(_tree(recipe, graph, states))
-    console.print(_costs(recipe, graph, costs))
+    print_plan(console, recipe, outlook(recipe, graph, calibrate(recipe, graph, store, measure=False)))
     table = Table("arm", "stages", "labels", "reveals at most", title="arms, a seed")
     for name, variant in recipe.variants.items():
         reveals = most_reveals(recipe, name)
@@ -138,7 +139,6 @@ def dry_run(console: Console, recipe: Recipe, graph: Graph, store: Store) -> Non
         f"evaluations; {len(graph.stages)} distinct stages serve {graph.requested} asked for by the arms "
         f"(sharing ratio {sharing:.2f})"
     )
-    console.print(_time_left(recipe, graph, {key: costs[key] for key in todo}), markup=False)
 
 
 def state(store: Store, key: str) -> str:
@@ -188,47 +188,38 @@ def _few(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-def _costs(recipe: Recipe, graph: Graph, costs: dict[str, Forecast]) -> Table:
-    """One row for every distinct stage of the first seed, and for every evaluation of a model."""
-    table = Table(
-        "node", "key", "tokens at most", "FLOPs at most", "seconds", "rests on",
-        title="cost of one node (completion tokens; prompts come on top)",
-    )  # fmt: skip
-    seen: set[tuple[str, Forecast]] = set()
-    for key, node in graph.nodes.items():
-        cost, is_stage = costs[key], isinstance(node, StageSpec)
-        if node.seed != recipe.seeds[0] or (not is_stage and (graph.names[key], cost) in seen):
+def plan_table(recipe: Recipe, planned: dict[str, Any]) -> Table:
+    """One row for every stage and evaluation of the first seed."""
+    table = Table("node", "steps", "labels", "tokens", "FLOPs", "time", "memory", title="plan: middle (low to high)")
+    for row in planned["nodes"].values():
+        if row["seed"] != recipe.seeds[0]:
             continue
-        seen.add((graph.names[key], cost))
-        table.add_row(
-            graph.names[key] if is_stage else f"evaluation {graph.names[key]}",
-            key[:8] if is_stage else "",
-            "by FLOPs" if cost.tokens is None else f"{cost.tokens:,}",
-            "not known" if cost.flops is None else f"{cost.flops:.2g}",
-            "not known" if cost.seconds is None else f"{cost.seconds:,.1f}",
-            f"{cost.rests_on} finished" if cost.rests_on else "none finished here yet",
-        )
+        spans = [_span(row[name], text) for name, text in SPANS]
+        memory = f"{row['memory']['peak'] / 1e9:.2f} GB" if row["memory"] else "not known"
+        shown = "" if row["kind"] == "evaluate" else "by FLOPs" if row["steps"] is None else f"{row['steps']:.0f}"
+        table.add_row(row["title"].replace(f", seed {row['seed']}", ""), shown, f"{row['labels']:,}", *spans, memory)
     return table
 
 
-def _time_left(recipe: Recipe, graph: Graph, costs: dict[str, Forecast]) -> str:
-    """What is still to do, in core-hours and in hours on the executor's processes."""
-    if not costs:
-        return "nothing is left to do"
-    execution = recipe.execution
-    count = int(execution.executor.partition(":")[2] or 1)
-    threads = execution.threads or (os.cpu_count() or 1 if execution.executor == "inline" else 1)
-    seconds = [cost.seconds for cost in costs.values() if cost.seconds is not None]
-    missing = Counter(graph.nodes[key].label for key, cost in costs.items() if cost.seconds is None)
-    lacking = ", ".join(f"{n} {label}" for label, n in missing.items())
-    if not seconds:
-        return f"time to do: not known: none finished here yet ({lacking})"
-    hours = sum(seconds) / 3600
-    text = (
-        f"time to do: {hours * threads:.2g} core-hours, {hours / min(count, len(costs)):.2g} h on {execution.executor} "
-        f"when all its {count} processes are busy"
-    )
-    return text + (f"; without {lacking}: not known, none finished here yet" if missing else "")
+def _span(levels: list[float] | None, text: Callable[[float], str]) -> str:
+    return "not known" if levels is None else f"{text(levels[1])} ({text(levels[0])} to {text(levels[2])})"
+
+
+def print_plan(console: Console, recipe: Recipe, planned: dict[str, Any]) -> None:
+    """The table, what will not fit with what will, and the study's sums."""
+    console.print(plan_table(recipe, planned))
+    for row in planned["nodes"].values():
+        if row["seed"] == recipe.seeds[0] and row["fits"] != []:
+            how = "none of the settings that save memory is enough" if row["fits"] is None else "; ".join(row["fits"])
+            console.print(f"{row['title']} does not fit: {how}", markup=False)
+    whole, processes = planned["total"], int(recipe.execution.executor.partition(":")[2] or 1)
+    amounts = [_span(whole[name], text) for name, text in SPANS]
+    text = f"all {len(planned['nodes'])} nodes: {amounts[0]} tokens, {amounts[1]} FLOP, {amounts[2]} of work"
+    if whole["seconds"]:
+        text += f", {duration(whole['seconds'][1] / processes)} on {recipe.execution.executor}"
+    if "price" in whole:
+        text += f", price {_span(whole['price'], '{:.2f}'.format)}"
+    console.print(f"{text}; rests on {planned['rests_on']}", markup=False)
 
 
 def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: Path) -> None:
@@ -266,6 +257,8 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
         console.print(line, markup=False)
     for text in decisions(found):
         console.print(text, markup=False)
+    for name, row in found.get("plan", {}).get("planned_against_actual", {}).items():
+        console.print(f"planned {name}: {row['planned']:.3g}, actual {row['actual']:.3g}", markup=False)
     study = found["study"]
     console.print(
         f"{study['stages_trained']} distinct stages for {study['stages_requested']} asked for by the arms; "

@@ -27,6 +27,7 @@ from headwater.meter import total
 from headwater.spec import EvaluationSpec
 from headwater.store import Store
 from headwater.study.graph import Graph
+from headwater.study.outlook import against
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,15 @@ def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, 
             "stages_trained": len(stages),
             "stages_requested": graph.requested,
         },
+        **_planned(reader),
     }
+
+
+def _planned(reader: _Reader) -> dict[str, Any]:
+    path = reader.out / "plan.json"
+    if not path.exists():
+        return {}
+    return {"plan": against(json.loads(path.read_text(encoding="utf-8")), reader.graph, reader.store)}
 
 
 def _arm(reader: _Reader, name: str) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from headwater.run import lease
 from headwater.spec import StageSpec, parents
 from headwater.stages.node import Job, check_device, environment, model_directory
 from headwater.store import Store
+from headwater.study.calibrate import calibrate
 from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
+from headwater.study.outlook import outlook
 from headwater.study.results import results
 
 OnWarning = Callable[[Finding], None]
@@ -61,9 +63,11 @@ def run(
     on_plan: Callable[[Graph, Store], None] = lambda graph, store: None,
     on_warning: OnWarning = lambda finding: None,
     strict: bool = False,
+    calibrated: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a study; returns the contents of `out/results.json`.
 
+    `calibrated`: ask the models first how they answer and how fast, for the plan in `out/plan.json`.
     While it runs, `out` is kept fresh for a reader: copies of the small files, events, the results so far.
     Raises ValueError for anything wrong with recipe, data or models before a weight is loaded, when `out` holds a run
     of another recipe, and when `strict` refuses finished stages that were executed otherwise.
@@ -90,6 +94,9 @@ def run(
             made = {**environment(), "command": sys.argv}
             write_atomically(out / "environment.json", json.dumps(made, indent=1))
         write_atomically(out / "stages.json", json.dumps(describe(graph), indent=1))
+        if not (out / "plan.json").exists() and not all(map(store.is_done, graph.nodes)):
+            found = calibrate(recipe, graph, store, measure=calibrated)
+            write_atomically(out / "plan.json", json.dumps(outlook(recipe, graph, found), indent=1))
         keeper = _Keeper(recipe, graph, store, out)
         keeper.note("run", command=sys.argv)
         try:

@@ -1,0 +1,274 @@
+"""What a node will cost, from what it will do and how fast the device is: tokens, FLOPs, seconds, memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from headwater import flops
+from headwater.config import GRPO, SFT, Distill, Execution, Joint, TeacherRollouts, Warmup
+from headwater.flops import Shape, Work
+from headwater.meter import Role
+from headwater.spec import EvaluationSpec, StageSpec
+
+Level = Literal["low", "mid", "high"]
+LEVELS: tuple[Level, ...] = ("low", "mid", "high")
+GROWTH = {"low": 1.0, "mid": math.sqrt(2), "high": 2.0}
+"""How much longer reward may make completions: not at all, or twice as long; the middle is their geometric mean."""
+BATCH = 64
+"""Problems of an evaluation that are sampled at once."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the seconds rest on: a device's data sheet, with the share of it that is assumed to be reached."""
+
+    flops: float
+    bandwidth: float
+    memory: float
+    mfu: float = 0.35
+    """Of updates and scoring."""
+    reached: float = 0.4
+    """Of the bandwidth, in decoding."""
+
+
+PROFILES = {
+    "a100": Device(312e12, 2.04e12, 80e9),
+    "h100": Device(989e12, 3.35e12, 80e9),
+    "h200": Device(989e12, 4.8e12, 141e9),
+    "b200": Device(2250e12, 8.0e12, 180e9),
+    "l40s": Device(362e12, 0.864e12, 48e9),
+    "rtx4090": Device(165e12, 1.008e12, 24e9),
+}
+"""Dense bfloat16 FLOP/s, bytes/s and bytes of the vendors' data sheets."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one model on this machine: a decoding step and a row in it, a token scored, an update and a token in
+    it, a completion graded."""
+
+    step: float
+    row: float
+    scored: float
+    update: float
+    trained: float
+    graded: float = 0.0
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How a base model answers the recipe's prompts: their mean tokens, and lengths of sampled completions."""
+
+    prompt: float
+    lengths: tuple[int, ...]
+
+    def completion(self, limit: int, growth: float = 1.0) -> float:
+        """Mean tokens of a completion that ends at `limit`."""
+        return sum(min(limit, growth * n) for n in self.lengths) / len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Sequences that a model processes in a role, in so many calls; `group` completions share a prompt."""
+
+    role: Role
+    model: Literal["start", "teacher"]
+    sequences: float
+    calls: float
+    group: int = 1
+    writer: Literal["start", "teacher"] = "start"
+    """Whose completions they are."""
+
+
+def items(node: StageSpec | EvaluationSpec) -> list[Item]:
+    """What a node does in all its steps."""
+    settings = node.settings
+    if isinstance(node, EvaluationSpec):
+        n = node.problems.count
+        return [Item("evaluated", "start", n * settings.samples, math.ceil(n / BATCH), settings.samples)]  # pyright: ignore -- an Evaluation
+    if isinstance(settings, TeacherRollouts):
+        solutions = isinstance(settings, SFT) and settings.tokens == "solutions"
+        trained = settings.steps * settings.sequences_per_step
+        writer = "start" if solutions or node.teacher is None else "teacher"
+        work = [Item("trained", "start", trained, settings.steps, writer=writer)]
+        if writer == "teacher":
+            sampled = pool_size(node) * settings.rollouts_per_problem
+            work.append(Item("sampled", "teacher", sampled, 1, settings.rollouts_per_problem, writer))
+            if isinstance(settings, Warmup):
+                work.append(Item("scored", "teacher", sampled if settings.stored_top_k else trained, 1, 1, writer))
+            if settings.keep != "all":
+                work.append(Item("graded", "teacher", sampled, 1, 1, writer))
+        return work
+    assert isinstance(settings, GRPO | Distill)
+    drawn = settings.steps * settings.problems_per_step * settings.group_size
+    updates = settings.steps * (settings.updates_per_batch if isinstance(settings, GRPO) else 1)
+    work = [
+        Item("sampled", "start", drawn, settings.steps, settings.group_size),
+        Item("trained", "start", drawn, updates),
+    ]
+    if isinstance(settings, GRPO):
+        work.append(Item("graded", "start", drawn, settings.steps))
+        own = (settings.updates_per_batch > 1) + (settings.kl_coef > 0)
+        work += [Item("scored", "start", drawn, settings.steps)] * own
+    if node.teacher is not None and (isinstance(settings, Distill | Joint)):
+        work.append(Item("scored", "teacher", drawn, settings.steps))
+    return work
+
+
+def pool_size(node: StageSpec) -> int:
+    """Problems that the stage sees."""
+    first = node.problems.count // 2
+    return {"all": node.problems.count, "first": first, "second": node.problems.count - first}[node.problems.part]
+
+
+def labels(node: StageSpec | EvaluationSpec) -> int:
+    """Most problems whose answers a stage reveals."""
+    if isinstance(node, EvaluationSpec) or not node.problems.labelled:
+        return 0
+    settings = node.settings
+    if isinstance(settings, GRPO):
+        return min(pool_size(node), settings.steps * settings.problems_per_step * (1 + settings.redraws))
+    if isinstance(settings, SFT) and settings.tokens == "solutions":
+        return min(pool_size(node), settings.steps * settings.sequences_per_step)
+    return pool_size(node) if isinstance(settings, TeacherRollouts) and settings.keep != "all" else 0
+
+
+def tokens(item: Item, prompt: float, completion: float) -> float:
+    """As the meter counts them; what is graded passes through no model."""
+    if item.role == "graded":
+        return 0
+    if item.role in ("scored", "trained"):
+        return item.sequences * (prompt + completion)
+    return item.sequences * (completion + prompt / item.group)
+
+
+def model_flops(item: Item, shape: Shape, prompt: float, completion: float) -> float:
+    """Model FLOPs, as the meter counts them."""
+    if item.role == "graded":
+        return 0
+    if item.role == "trained":
+        return item.sequences * flops.training_flops(shape, flops.sequence_work(prompt, completion))
+    if item.role == "scored":
+        return item.sequences * flops.forward_flops(shape, flops.sequence_work(prompt, completion))
+    work = flops.completion_work(prompt, completion) + flops.prompt_work(prompt) * (1 / item.group)
+    return item.sequences * flops.forward_flops(shape, work)
+
+
+def seconds(item: Item, speed: Speed, prompt: float, completion: float, longest: float) -> float:
+    """Seconds of an item whose longest completions have `longest` tokens: decoding goes on until they end."""
+    if item.role == "graded":
+        return item.sequences * speed.graded
+    if item.role == "scored":
+        return item.sequences * (prompt + completion) * speed.scored
+    if item.role == "trained":
+        return item.calls * speed.update + item.sequences * (prompt + completion) * speed.trained
+    graded = item.sequences * speed.graded if item.role == "evaluated" else 0
+    return item.calls * longest * speed.step + item.sequences * completion * speed.row + graded
+
+
+def assumed_speed(device: Device, shape: Shape, bytes_each: int = 2) -> Speed:
+    """Seconds from a data sheet: decoding reads the weights once a step, the rest is arithmetic."""
+    able = device.flops * device.mfu
+    forward = flops.forward_flops(shape, Work(1, 0, 1)) / able
+    step = shape.parameters * bytes_each / (device.bandwidth * device.reached)
+    # The optimizer reads and writes four float32 numbers a weight.
+    return Speed(step, forward, forward, 32 * shape.trained / (device.bandwidth * device.reached), 3 * forward)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the worst moment of a node."""
+
+    base: float
+    """Interpreter and libraries, where they share the memory (CPU)."""
+    weights: float
+    optimizer: float
+    """Float32 masters where the weights are rounded, two moments, gradients."""
+    teacher: float
+    activations: float
+    logits: float
+    cache: float
+    """Keys and values while sampling, which is not while training."""
+
+    @property
+    def peak(self) -> float:
+        working = max(self.cache, self.activations + self.logits)
+        return self.base + self.weights + self.optimizer + self.teacher + working
+
+
+def memory(
+    node: StageSpec | EvaluationSpec,
+    execution: Execution,
+    start: Shape,
+    teacher: Shape | None,
+    prompt: float,
+    base: float = 0.0,
+) -> Memory:
+    """What a node needs by count of tensors; prompts are taken as long as `prompt`."""
+    settings, wide = node.settings, 2 if node.start.config.dtype == "bfloat16" else 4
+    limit, done = settings.max_new_tokens, items(node)
+    drawn = [i for i in done if i.role in ("sampled", "evaluated")]
+    cache = 0.0
+    for item in drawn:
+        shape = teacher if item.model == "teacher" and teacher else start
+        rows = min(item.sequences / item.calls, max(item.group, execution.sampler_tokens / (prompt + limit)))
+        kept = 2 * shape.layers * shape.kv_heads * shape.head_dim * wide
+        # Growing the cache copies a layer; a draw holds log-probs in float32, masses and their sums in float64.
+        cache = max(cache, rows * (prompt + limit) * kept * (1 + 1 / shape.layers) + rows * shape.vocab * 28)
+    held = 0.0 if teacher is None else teacher.parameters * (2 if _teacher_wide(node) == 2 else 4)
+    if not isinstance(node, StageSpec):
+        return Memory(base, start.parameters * wide, 0, held, 0, 0, cache)
+    masters = 4 * start.trained if wide == 2 and not start.adapters else 0
+    updates = next(i for i in done if i.role == "trained")
+    padded = min(execution.micro_batch_tokens, updates.sequences / updates.calls * (prompt + limit))
+    padded = max(padded, prompt + limit)
+    per_layer = wide * (8 * start.hidden + 4 * start.heads * start.head_dim + 5 * start.mlp)
+    layers = 1 if execution.gradient_checkpointing else start.layers
+    saved = padded * (layers * per_layer + (start.layers * start.hidden * wide if layers == 1 else 0))
+    logits = min(execution.chunk_tokens, padded) * start.vocab * 4 * 5 + (0 if start.adapters else 4 * start.head)
+    if isinstance(settings, GRPO) and settings.kl_coef > 0 and not settings.lora:
+        held += start.parameters * wide
+    return Memory(base, start.parameters * wide, masters + 12 * start.trained, held, saved, logits, cache)
+
+
+def _teacher_wide(node: StageSpec | EvaluationSpec) -> int:
+    teacher = node.teacher if isinstance(node, StageSpec) else None
+    return 2 if teacher is not None and teacher.config.dtype == "bfloat16" else 4
+
+
+def what_fits(
+    node: StageSpec | EvaluationSpec,
+    execution: Execution,
+    start: Shape,
+    teacher: Shape | None,
+    prompt: float,
+    base: float,
+    available: float,
+) -> list[str] | None:
+    """The nearest settings with which the node fits: none needed ([]), or None when all of them are not enough.
+
+    Smaller micro-batches and sampler lots cost little time, recomputing activations a third more arithmetic, and LoRA
+    changes what is learned: they are tried in this order and added up.
+    """
+    changes: dict[str, str] = {}
+
+    def peak() -> float:
+        return memory(node, execution, start, teacher, prompt, base).peak
+
+    longest = int(prompt) + node.settings.max_new_tokens
+    for name in ("micro_batch_tokens", "sampler_tokens"):
+        while peak() > available and (value := getattr(execution, name) // 2) >= longest:
+            smaller = execution.model_copy(update={name: value})
+            if memory(node, smaller, start, teacher, prompt, base).peak < peak():
+                changes[f"execution.{name}"] = str(value)
+            execution = smaller
+    if peak() > available and isinstance(node, StageSpec):
+        execution = execution.model_copy(update={"gradient_checkpointing": True})
+        changes["execution.gradient_checkpointing"] = "true"
+        if peak() > available:
+            rank = 16 * start.layers * (start.hidden * 7 + 3 * start.mlp)
+            start = replace(start, adapters=rank)
+            changes["lora"] = "{ rank = 16 }"
+    return None if peak() > available else [f"{name} = {value}" for name, value in changes.items()]
