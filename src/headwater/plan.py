@@ -8,7 +8,7 @@ from typing import Literal
 
 from headwater import flops
 from headwater.config import GRPO, SFT, Distill, Execution, Joint, TeacherRollouts, Warmup
-from headwater.flops import Shape, Work
+from headwater.flops import Number, Shape, Work
 from headwater.meter import Role
 from headwater.spec import EvaluationSpec, StageSpec
 
@@ -24,12 +24,12 @@ BATCH = 64
 class Device:
     """What the seconds rest on: a device's data sheet, with the share of it that is assumed to be reached."""
 
-    flops: float
-    bandwidth: float
-    memory: float
-    mfu: float = 0.35
+    flops: Number
+    bandwidth: Number
+    memory: Number
+    mfu: Number = 0.35
     """Of updates and scoring."""
-    reached: float = 0.4
+    reached: Number = 0.4
     """Of the bandwidth, in decoding."""
 
 
@@ -49,22 +49,22 @@ class Speed:
     """Seconds of one model on this machine: a decoding step and a row in it, a token scored, an update and a token in
     it, a completion graded."""
 
-    step: float
-    row: float
-    scored: float
-    update: float
-    trained: float
-    graded: float = 0.0
+    step: Number
+    row: Number
+    scored: Number
+    update: Number
+    trained: Number
+    graded: Number = 0.0
 
 
 @dataclass(frozen=True)
 class Writer:
     """How a base model answers the recipe's prompts: their mean tokens, and lengths of sampled completions."""
 
-    prompt: float
+    prompt: Number
     lengths: tuple[int, ...]
 
-    def completion(self, limit: int, growth: float = 1.0) -> float:
+    def completion(self, limit: int, growth: Number = 1.0) -> Number:
         """Mean tokens of a completion that ends at `limit`."""
         return sum(min(limit, growth * n) for n in self.lengths) / len(self.lengths)
 
@@ -75,8 +75,8 @@ class Item:
 
     role: Role
     model: Literal["start", "teacher"]
-    sequences: float
-    calls: float
+    sequences: Number
+    calls: Number
     group: int = 1
     writer: Literal["start", "teacher"] = "start"
     """Whose completions they are."""
@@ -135,7 +135,7 @@ def labels(node: StageSpec | EvaluationSpec) -> int:
     return pool_size(node) if isinstance(settings, TeacherRollouts) and settings.keep != "all" else 0
 
 
-def tokens(item: Item, prompt: float, completion: float) -> float:
+def tokens(item: Item, prompt: Number, completion: Number) -> Number:
     """As the meter counts them; what is graded passes through no model."""
     if item.role == "graded":
         return 0
@@ -144,7 +144,7 @@ def tokens(item: Item, prompt: float, completion: float) -> float:
     return item.sequences * (completion + prompt / item.group)
 
 
-def model_flops(item: Item, shape: Shape, prompt: float, completion: float) -> float:
+def model_flops(item: Item, shape: Shape, prompt: Number, completion: Number) -> Number:
     """Model FLOPs, as the meter counts them."""
     if item.role == "graded":
         return 0
@@ -156,7 +156,7 @@ def model_flops(item: Item, shape: Shape, prompt: float, completion: float) -> f
     return item.sequences * flops.forward_flops(shape, work)
 
 
-def seconds(item: Item, speed: Speed, prompt: float, completion: float, longest: float) -> float:
+def seconds(item: Item, speed: Speed, prompt: Number, completion: Number, longest: Number) -> Number:
     """Seconds of an item whose longest completions have `longest` tokens: decoding goes on until they end."""
     if item.role == "graded":
         return item.sequences * speed.graded
@@ -181,19 +181,19 @@ def assumed_speed(device: Device, shape: Shape, bytes_each: int = 2) -> Speed:
 class Memory:
     """Bytes on one device at the worst moment of a node."""
 
-    base: float
+    base: Number
     """Interpreter and libraries, where they share the memory (CPU)."""
-    weights: float
-    optimizer: float
+    weights: Number
+    optimizer: Number
     """Float32 masters where the weights are rounded, two moments, gradients."""
-    teacher: float
-    activations: float
-    logits: float
-    cache: float
+    teacher: Number
+    activations: Number
+    logits: Number
+    cache: Number
     """Keys and values while sampling, which is not while training."""
 
     @property
-    def peak(self) -> float:
+    def peak(self) -> Number:
         working = max(self.cache, self.activations + self.logits)
         return self.base + self.weights + self.optimizer + self.teacher + working
 
@@ -203,8 +203,8 @@ def memory(
     execution: Execution,
     start: Shape,
     teacher: Shape | None,
-    prompt: float,
-    base: float = 0.0,
+    prompt: Number,
+    base: Number = 0.0,
 ) -> Memory:
     """What a node needs by count of tensors; prompts are taken as long as `prompt`."""
     settings, wide = node.settings, 2 if node.start.config.dtype == "bfloat16" else 4
@@ -243,9 +243,9 @@ def what_fits(
     execution: Execution,
     start: Shape,
     teacher: Shape | None,
-    prompt: float,
-    base: float,
-    available: float,
+    prompt: Number,
+    base: Number,
+    available: Number,
 ) -> list[str] | None:
     """The nearest settings with which the node fits: none needed ([]), or None when all of them are not enough.
 
@@ -254,7 +254,7 @@ def what_fits(
     """
     changes: dict[str, str] = {}
 
-    def peak() -> float:
+    def peak() -> Number:
         return memory(node, execution, start, teacher, prompt, base).peak
 
     longest = int(prompt) + node.settings.max_new_tokens

@@ -189,12 +189,15 @@ def _few(names: list[str]) -> str:
 
 
 def plan_table(recipe: Recipe, planned: dict[str, Any]) -> Table:
-    """One row for every stage and evaluation of the first seed."""
+    """One row for every stage of the first seed, and for every evaluation that costs otherwise."""
     table = Table("node", "steps", "labels", "tokens", "FLOPs", "time", "memory", title="plan: middle (low to high)")
+    seen: set[tuple[str, ...]] = set()
     for row in planned["nodes"].values():
-        if row["seed"] != recipe.seeds[0]:
-            continue
         spans = [_span(row[name], text) for name, text in SPANS]
+        cost = (row["name"], *spans)
+        if row["seed"] != recipe.seeds[0] or (row["kind"] == "evaluate" and cost in seen):
+            continue
+        seen.add(cost)
         memory = f"{row['memory']['peak'] / 1e9:.2f} GB" if row["memory"] else "not known"
         shown = "" if row["kind"] == "evaluate" else "by FLOPs" if row["steps"] is None else f"{row['steps']:.0f}"
         table.add_row(row["title"].replace(f", seed {row['seed']}", ""), shown, f"{row['labels']:,}", *spans, memory)

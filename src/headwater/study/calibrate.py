@@ -12,6 +12,7 @@ from headwater import spec
 from headwater.checkpoint import write_atomically
 from headwater.config import Execution, Recipe
 from headwater.device import name_of, resident_memory
+from headwater.flops import Number
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel, load_model
 from headwater.plan import Speed, Writer
@@ -39,7 +40,7 @@ class Calibration:
 
     writers: dict[str, Writer]
     speeds: dict[str, Speed]
-    base: float
+    base: Number
 
 
 def model_key(ref: ModelRef) -> str:
@@ -125,7 +126,7 @@ def _measure(model: LanguageModel, node: StageSpec, recipe: Recipe) -> tuple[Wri
 
 
 def _timed_sample(
-    sampler: TransformersSampler, problems: list[Problem], group: int, limit: int, name: str, temperature: float
+    sampler: TransformersSampler, problems: list[Problem], group: int, limit: int, name: str, temperature: Number
 ) -> tuple[list[Rollout], float, int]:
     started = time.perf_counter()
     rollouts = sampler.sample(problems, Sampling((name, 0), group, limit, temperature))
@@ -136,7 +137,7 @@ def _drawn(rollouts: list[Rollout]) -> int:
     return sum(len(r.completion_ids) for r in rollouts)
 
 
-def _two_rates(small: tuple[float, int, int], large: tuple[float, int, int]) -> tuple[float, float]:
+def _two_rates(small: tuple[Number, int, int], large: tuple[Number, int, int]) -> tuple[Number, Number]:
     """Seconds a step and a token from two (seconds, steps, tokens), neither below 0 and the larger one exact."""
     (t1, s1, n1), (t2, s2, n2) = small, large
     apart = n2 - n1 * s2 / s1
@@ -144,7 +145,7 @@ def _two_rates(small: tuple[float, int, int], large: tuple[float, int, int]) -> 
     return (t2 - per_token * n2) / s2, per_token
 
 
-def _time_updates(model: LanguageModel, optimizer: AdamW, batch: Batch, ex: Execution) -> tuple[float, float]:
+def _time_updates(model: LanguageModel, optimizer: AdamW, batch: Batch, ex: Execution) -> tuple[Number, Number]:
     """Seconds of an update whatever its size, and of each token in it, from a part of the batch and all of it."""
     times = []
     batch = batch.with_fields(weights=[torch.ones(n) for n in batch.lengths])

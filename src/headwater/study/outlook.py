@@ -10,7 +10,7 @@ from typing import Any
 from headwater import plan
 from headwater.config import GRPO, Distill, Execution, Recipe, TeacherRollouts
 from headwater.device import memory_of
-from headwater.flops import Shape, shape_of
+from headwater.flops import Number, Shape, shape_of
 from headwater.meter import total
 from headwater.plan import GROWTH, LEVELS, Device, Item, Writer
 from headwater.spec import EvaluationSpec, ModelRef, StageSpec
@@ -100,7 +100,7 @@ def _row(
 ) -> dict[str, Any]:
     refs = {"start": node.start, "teacher": node.teacher if isinstance(node, StageSpec) else None}
     limit, shaped = node.settings.max_new_tokens, {who: ref and known[model_key(ref)] for who, ref in refs.items()}
-    sums: dict[str, list[float] | None] = {"tokens": [0.0] * 3, "flops": [0.0] * 3, "seconds": [0.0] * 3}
+    sums: dict[str, list[Number] | None] = {"tokens": [0.0] * 3, "flops": [0.0] * 3, "seconds": [0.0] * 3}
     prompt = 0.0
     for item in plan.items(node):
         ref, shape = refs[item.model], shaped[item.model]
@@ -123,7 +123,7 @@ def _row(
                     sums[name] = None
                 elif row is not None:
                     row[place] += value
-    steps: float | None = node.settings.steps if isinstance(node, StageSpec) else None
+    steps: Number | None = node.settings.steps if isinstance(node, StageSpec) else None
     if isinstance(node, StageSpec) and node.match:
         steps = _match(sums, node, before)
     memory, fits = None, []
@@ -139,7 +139,7 @@ def _row(
     return {"steps": steps, "labels": plan.labels(node), **sums, "memory": parts, "fits": fits, "price": cost}
 
 
-def _match(sums: dict[str, list[float] | None], node: StageSpec, before: dict[str, Any]) -> float | None:
+def _match(sums: dict[str, list[Number] | None], node: StageSpec, before: dict[str, Any]) -> Number | None:
     """A stage that ends by FLOPs: everything in proportion to what it may spend; its steps."""
     spent = [before[key]["flops"] for key in node.match]
     if sums["flops"] is None or None in spent:
@@ -181,7 +181,7 @@ def _origin(graph: Graph, ref: ModelRef) -> tuple[ModelRef, bool]:
 
 def _lengths(
     writer: Writer | None, node: StageSpec | EvaluationSpec, limit: int, level: plan.Level, grown: bool
-) -> tuple[float, float, float]:
+) -> tuple[Number, Number, Number]:
     """Mean tokens of prompts and completions, and of the longest completion."""
     if writer is None:
         problems = select(node.problems)
