@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tomllib
 from pathlib import Path
@@ -13,7 +14,7 @@ from headwater.device import memory_of
 from headwater.flops import Number, Shape, shape_of
 from headwater.meter import total
 from headwater.plan import GROWTH, LEVELS, Device, Item, Writer
-from headwater.spec import EvaluationSpec, ModelRef, StageSpec
+from headwater.spec import EvaluationSpec, ModelRef, Problems, StageSpec
 from headwater.stages.node import model_directory, select
 from headwater.store import Store
 from headwater.study.calibrate import Calibration, model_key
@@ -184,11 +185,19 @@ def _lengths(
 ) -> tuple[Number, Number, Number]:
     """Mean tokens of prompts and completions, and of the longest completion."""
     if writer is None:
-        problems = select(node.problems)
-        characters = sum(len(m.content) for p in problems for m in p.messages)
-        return characters / 4 / max(1, len(problems)), limit * UNSEEN[level], limit
+        return _guessed_prompt(node.problems.model_dump_json()), limit * UNSEEN[level], limit
     factor = GROWTH[level] if grown else {"low": 1 - SURE, "mid": 1.0, "high": 1 + SURE}[level]
     return writer.prompt, writer.completion(limit, factor), min(limit, factor * max(writer.lengths))
+
+
+@functools.lru_cache(maxsize=1024)
+def _guessed_prompt(problems: str) -> Number:
+    """Tokens of prompts that no tokenizer has seen, at four characters each."""
+    try:
+        chosen = select(Problems.model_validate_json(problems))
+    except (ValueError, OSError):  # planned offline, on data out of reach
+        return 0.0
+    return sum(len(m.content) for p in chosen for m in p.messages) / 4 / max(1, len(chosen))
 
 
 def against(planned: dict[str, Any], graph: Graph, store: Store) -> dict[str, Any]:
