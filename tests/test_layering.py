@@ -47,6 +47,7 @@ ORDER = [
     "study",
     "report",
     "export",
+    "messages",
     "cli",
 ]
 

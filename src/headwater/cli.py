@@ -14,6 +14,7 @@ from rich.console import Console
 
 from headwater import __version__
 from headwater.config import Recipe, load_recipe
+from headwater.messages import explained as _explained
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
@@ -403,19 +404,3 @@ def _store(path: Path | None):
     from headwater.store import Store, default_root
 
     return Store(path or default_root())
-
-
-class _explained:
-    """What a user can mend becomes one message and exit code 2; a failure while training, exit code 1."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, KeyboardInterrupt):
-            typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
-            raise typer.Exit(130)
-        if isinstance(error, ValueError | OSError | RuntimeError):
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2 if isinstance(error, ValueError) else 1)
-        return False

@@ -10,7 +10,8 @@ from headwater import flops
 from headwater.config import GRPO, SFT, Distill, Execution, Joint, TeacherRollouts, Warmup
 from headwater.flops import Number, Shape, Work
 from headwater.meter import Role
-from headwater.spec import EvaluationSpec, StageSpec
+from headwater.probe.measure import CONTINUATIONS
+from headwater.spec import DecisionSpec, EvaluationSpec, Node, StageSpec
 
 Level = Literal["low", "mid", "high"]
 LEVELS: tuple[Level, ...] = ("low", "mid", "high")
@@ -82,8 +83,14 @@ class Item:
     """Whose completions they are."""
 
 
-def items(node: StageSpec | EvaluationSpec) -> list[Item]:
+def items(node: Node) -> list[Item]:
     """What a node does in all its steps."""
+    if isinstance(node, DecisionSpec):
+        drawn = node.problems.count * node.settings.samples
+        return [
+            Item("evaluated", "start", drawn * (1 + 2 * CONTINUATIONS), 1, node.settings.samples),
+            Item("evaluated", "teacher", drawn * (1 + CONTINUATIONS), 1, node.settings.samples, "teacher"),
+        ]
     settings = node.settings
     if isinstance(node, EvaluationSpec):
         n = node.problems.count
@@ -117,14 +124,23 @@ def items(node: StageSpec | EvaluationSpec) -> list[Item]:
     return work
 
 
+def limit_of(node: Node) -> int:
+    """Most tokens of a completion."""
+    return node.max_new_tokens if isinstance(node, DecisionSpec) else node.settings.max_new_tokens
+
+
 def pool_size(node: StageSpec) -> int:
-    """Problems that the stage sees."""
-    first = node.problems.count // 2
+    """Problems that the stage sees; of a share that is not decided yet, all."""
+    if node.problems.share is None:
+        return node.problems.count
+    first = int(node.problems.count * node.problems.share)
     return {"all": node.problems.count, "first": first, "second": node.problems.count - first}[node.problems.part]
 
 
-def labels(node: StageSpec | EvaluationSpec) -> int:
+def labels(node: Node) -> int:
     """Most problems whose answers a stage reveals."""
+    if isinstance(node, DecisionSpec):
+        return node.problems.count
     if isinstance(node, EvaluationSpec) or not node.problems.labelled:
         return 0
     settings = node.settings
@@ -199,7 +215,7 @@ class Memory:
 
 
 def memory(
-    node: StageSpec | EvaluationSpec,
+    node: Node,
     execution: Execution,
     start: Shape,
     teacher: Shape | None,
@@ -208,7 +224,7 @@ def memory(
 ) -> Memory:
     """What a node needs by count of tensors; prompts are taken as long as `prompt`."""
     settings, wide = node.settings, 2 if node.start.config.dtype == "bfloat16" else 4
-    limit, done = settings.max_new_tokens, items(node)
+    limit, done = limit_of(node), items(node)
     drawn = [i for i in done if i.role in ("sampled", "evaluated")]
     cache = 0.0
     for item in drawn:
@@ -233,13 +249,13 @@ def memory(
     return Memory(base, start.parameters * wide, masters + 12 * start.trained, held, saved, logits, cache)
 
 
-def _teacher_wide(node: StageSpec | EvaluationSpec) -> int:
-    teacher = node.teacher if isinstance(node, StageSpec) else None
+def _teacher_wide(node: Node) -> int:
+    teacher = None if isinstance(node, EvaluationSpec) else node.teacher
     return 2 if teacher is not None and teacher.config.dtype == "bfloat16" else 4
 
 
 def what_fits(
-    node: StageSpec | EvaluationSpec,
+    node: Node,
     execution: Execution,
     start: Shape,
     teacher: Shape | None,
@@ -257,7 +273,7 @@ def what_fits(
     def peak() -> Number:
         return memory(node, execution, start, teacher, prompt, base).peak
 
-    longest = int(prompt) + node.settings.max_new_tokens
+    longest = int(prompt) + limit_of(node)
     for name in ("micro_batch_tokens", "sampler_tokens"):
         while peak() > available and (value := getattr(execution, name) // 2) >= longest:
             smaller = execution.model_copy(update={name: value})

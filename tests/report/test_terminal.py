@@ -30,7 +30,7 @@ def planned(mini: Path) -> tuple[Recipe, Graph]:
 
 
 def finish(store: Store, recipe: Recipe, graph: Graph, key: str, seconds: float) -> None:
-    """A finished node as far as a forecast looks at it."""
+    """A finished node as far as the dry run looks at it."""
     store.path(key).mkdir(parents=True)
     (store.path(key) / "spec.json").write_text(to_jobs(recipe, graph)[key].to_json())
     half = {"tokens": 1, "flops": 1.0, "seconds": seconds / 2}

@@ -19,8 +19,8 @@ from headwater.stages.node import select
 from headwater.store import Store
 from headwater.study import gc
 from headwater.study.budget import most_reveals
-from headwater.study.forecast import forecast
 from headwater.study.graph import Graph, plan
+from headwater.study.outlook import against, outlook
 from headwater.study.run import run
 
 AUTO = ["arms.auto={preset='fresh', split='auto'}", "probe.problems=6", "probe.samples=2"]
@@ -138,7 +138,9 @@ def test_the_same_decision_again(mini: Path, tmp_path: Path):
         outcomes.append(store.outcome(key))
         assert store.ledger(key).revealed == 6
     assert outcomes[0]["result"] == outcomes[1]["result"]
-    assert forecast(graph, store)[key].rests_on == 1
+    planned = outlook(recipe, graph, None)
+    assert planned["nodes"][key]["labels"] == 6 and planned["nodes"][key]["tokens"][1] > 0
+    assert against(planned, graph, store)["nodes"][key]["actual"]["tokens"] > 0
 
 
 def test_probe_command(mini: Path, tmp_path: Path):

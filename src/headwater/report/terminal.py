@@ -195,11 +195,11 @@ def plan_table(recipe: Recipe, planned: dict[str, Any]) -> Table:
     for row in planned["nodes"].values():
         spans = [_span(row[name], text) for name, text in SPANS]
         cost = (row["name"], *spans)
-        if row["seed"] != recipe.seeds[0] or (row["kind"] == "evaluate" and cost in seen):
+        if row["seed"] != recipe.seeds[0] or (row["kind"] != "stage" and cost in seen):
             continue
         seen.add(cost)
         memory = f"{row['memory']['peak'] / 1e9:.2f} GB" if row["memory"] else "not known"
-        shown = "" if row["kind"] == "evaluate" else "by FLOPs" if row["steps"] is None else f"{row['steps']:.0f}"
+        shown = "" if row["kind"] != "stage" else "by FLOPs" if row["steps"] is None else f"{row['steps']:.0f}"
         table.add_row(row["title"].replace(f", seed {row['seed']}", ""), shown, f"{row['labels']:,}", *spans, memory)
     return table
 

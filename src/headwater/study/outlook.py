@@ -14,7 +14,7 @@ from headwater.device import memory_of
 from headwater.flops import Number, Shape, shape_of
 from headwater.meter import total
 from headwater.plan import GROWTH, LEVELS, Device, Item, Writer
-from headwater.spec import EvaluationSpec, ModelRef, Problems, StageSpec
+from headwater.spec import EvaluationSpec, ModelRef, Node, Problems, StageSpec
 from headwater.stages.node import model_directory, select
 from headwater.store import Store
 from headwater.study.calibrate import Calibration, model_key
@@ -43,7 +43,7 @@ def shapes(graph: Graph) -> dict[str, Shape | None]:
     """Of every base model, from its config.json; None for a model that is not here yet or is no such decoder."""
     found: dict[str, Shape | None] = {}
     for node in graph.nodes.values():
-        for ref in [node.start, node.teacher] if isinstance(node, StageSpec) else [node.start]:
+        for ref in [node.start] if isinstance(node, EvaluationSpec) else [node.start, node.teacher]:
             if ref is not None and model_key(ref) not in found:
                 found[model_key(ref)] = _shape(ref)
     return found
@@ -93,14 +93,14 @@ def _rests_on(calibration: Calibration | None, device: Device | None) -> str:
 def _row(
     execution: Execution,
     graph: Graph,
-    node: StageSpec | EvaluationSpec,
+    node: Node,
     known: dict[str, Shape | None],
     calibration: Calibration | None,
     device: Device | None,
     before: dict[str, Any],
 ) -> dict[str, Any]:
-    refs = {"start": node.start, "teacher": node.teacher if isinstance(node, StageSpec) else None}
-    limit, shaped = node.settings.max_new_tokens, {who: ref and known[model_key(ref)] for who, ref in refs.items()}
+    refs = {"start": node.start, "teacher": None if isinstance(node, EvaluationSpec) else node.teacher}
+    limit, shaped = plan.limit_of(node), {who: ref and known[model_key(ref)] for who, ref in refs.items()}
     sums: dict[str, list[Number] | None] = {"tokens": [0.0] * 3, "flops": [0.0] * 3, "seconds": [0.0] * 3}
     prompt = 0.0
     for item in plan.items(node):
@@ -153,12 +153,12 @@ def _match(sums: dict[str, list[Number] | None], node: StageSpec, before: dict[s
     return node.settings.steps * shares[1]
 
 
-def writer_of(graph: Graph, node: StageSpec | EvaluationSpec, item: Item) -> tuple[ModelRef, bool]:
+def writer_of(graph: Graph, node: Node, item: Item) -> tuple[ModelRef, bool]:
     """The base model that answers as the item's writer does, and whether reward may have changed its lengths.
 
     A student answers as long as its teacher does: what a dense stage carries over.
     """
-    teacher = node.teacher if isinstance(node, StageSpec) else None
+    teacher = None if isinstance(node, EvaluationSpec) else node.teacher
     if item.writer == "teacher" and teacher is not None:
         return _origin(graph, teacher)
     ref, grown = _origin(graph, node.start)
@@ -181,7 +181,7 @@ def _origin(graph: Graph, ref: ModelRef) -> tuple[ModelRef, bool]:
 
 
 def _lengths(
-    writer: Writer | None, node: StageSpec | EvaluationSpec, limit: int, level: plan.Level, grown: bool
+    writer: Writer | None, node: Node, limit: int, level: plan.Level, grown: bool
 ) -> tuple[Number, Number, Number]:
     """Mean tokens of prompts and completions, and of the longest completion."""
     if writer is None:
