@@ -70,19 +70,9 @@ def plan(
     """Say what a study will cost before it runs: steps, labels, tokens, FLOPs, memory, time and price."""
     with _explained():
         loaded = load_recipe(recipe, set_ or [])
-        if form not in ("text", "json"):
-            raise ValueError(f"--format {form}: use text or json")
-        from headwater.report.terminal import print_plan
-        from headwater.study.calibrate import calibrate as measure
-        from headwater.study.graph import plan as draw
-        from headwater.study.outlook import outlook, profile_of
+        from headwater.report.terminal import show_plan
 
-        device, graph = profile_of(profile) if profile else None, draw(loaded)
-        found = outlook(loaded, graph, measure(loaded, graph, _store(store), measure=calibrate), device)
-        if form == "json":
-            typer.echo(json.dumps(found, indent=1))
-        else:
-            print_plan(console, loaded, found)
+        show_plan(console, loaded, _store(store), profile, form, calibrated=calibrate)
 
 
 @app.command()

@@ -46,7 +46,7 @@ def check_evaluation(row: dict[str, Any], out: Path) -> None:
 def test_results_have_the_documented_shape(done: Done):
     found = json.loads((done.out / "results.json").read_text())
     assert found == done.results
-    assert set(found) == {"schema", "recipe", "complete", "models", "arms", "comparisons", "study"}
+    assert set(found) == {"schema", "recipe", "complete", "models", "plan", "arms", "comparisons", "study"}
     assert (found["schema"], found["recipe"], found["complete"]) == (1, "miniature", True)
     assert set(found["arms"]) == {"direct", "bridge", "finished"}
     for name, arm in found["arms"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,8 +28,8 @@ from headwater.store import Store
 from headwater.study.budget import most_reveals
 from headwater.study.calibrate import calibrate
 from headwater.study.executors import Event, holder
-from headwater.study.graph import Graph
-from headwater.study.outlook import outlook
+from headwater.study.graph import Graph, plan
+from headwater.study.outlook import outlook, profile_of
 from headwater.study.run import executed_otherwise, to_jobs
 
 SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "eval/avg@k", "tokens/s")
@@ -186,6 +187,20 @@ def _tree(recipe: Recipe, graph: Graph, states: dict[str, str]) -> Tree:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def show_plan(
+    console: Console, recipe: Recipe, store: Store, profile: str | None, form: str, *, calibrated: bool
+) -> None:
+    """Plan a study and print the plan, for this machine or for a device by name; trains nothing."""
+    if form not in ("text", "json"):
+        raise ValueError(f"--format {form}: use text or json")
+    device, graph = profile_of(profile) if profile else None, plan(recipe)
+    found = outlook(recipe, graph, calibrate(recipe, graph, store, measure=calibrated), device)
+    if form == "json":
+        console.file.write(json.dumps(found, indent=1) + "\n")
+    else:
+        print_plan(console, recipe, found)
 
 
 def plan_table(recipe: Recipe, planned: dict[str, Any]) -> Table:

@@ -94,8 +94,8 @@ def run(
             made = {**environment(), "command": sys.argv}
             write_atomically(out / "environment.json", json.dumps(made, indent=1))
         write_atomically(out / "stages.json", json.dumps(describe(graph), indent=1))
-        if not (out / "plan.json").exists() and not all(map(store.is_done, graph.nodes)):
-            found = calibrate(recipe, graph, store, measure=calibrated)
+        if not (out / "plan.json").exists():
+            found = calibrate(recipe, graph, store, measure=calibrated and not all(map(store.is_done, graph.nodes)))
             write_atomically(out / "plan.json", json.dumps(outlook(recipe, graph, found), indent=1))
         keeper = _Keeper(recipe, graph, store, out)
         keeper.note("run", command=sys.argv)
