@@ -60,7 +60,8 @@ def test_results_have_the_documented_shape(done: Done):
         for cost in ("flops", "seconds"):
             assert sum(part["cost"][cost] for part in row["by_stage"]) == pytest.approx(row["cost"][cost])
         assert set(row["labels"]) == {"distinct", "revealed"}
-        assert set(row["cost"]) == {"tokens", "flops", "seconds"} and row["cost"]["seconds"] > 0
+        assert {"tokens", "flops", "seconds", "executed_flops", "mfu", "wasted"} <= set(row["cost"])
+        assert row["cost"]["seconds"] > 0
         check_evaluation(row["evals"]["rows"], done.out)
         summary = arm["summary"]["rows"]
         keys = {"mean", "ci95", "over", "pass@k", "unparsed", "wrong", "truncated", "styles"}
