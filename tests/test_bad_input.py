@@ -85,6 +85,12 @@ def test_a_foreign_teacher_is_refused_before_its_training(recipe: Path, tmp_path
     parts = ["different tokenizers", "1 tokens differ", "'<think>'", str(foreign), "teacher of the student's family"]
     refused(done, *parts)
     assert not list(tmp_path.glob("store/nodes/*"))
+    spans = [f"stages.{s}.{key}" for s in ("warmup", "distill") for key in ("alignment=spans", "stored_top_k=8")]
+    assert "have the same tokenizer" in refused(run(recipe, tmp_path / "same", *spans, on=on))
+    assert not list(tmp_path.glob("**/nodes/*"))
+    if on == "inline":  # spans are for this teacher
+        done = run(recipe, tmp_path / "spans", f"models.teacher.source=file:{foreign}", *spans)
+        assert done.exit_code == 0, done.output
     direct = ["models.teacher.source=file:" + str(foreign), "arms.bridge.bridge=none"]
     assert "if and only if" in refused(run(recipe, tmp_path, *direct))
 

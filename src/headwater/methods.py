@@ -173,6 +173,9 @@ class GRPO(Method):
         return self
 
 
+Alignment = Literal["tokens", "spans"]
+
+
 class TeacherRollouts(Method):
     """Training on rollouts of the frozen teacher, sampled once and kept as token ids."""
 
@@ -188,6 +191,15 @@ class Warmup(TeacherRollouts):
     method: Literal["warmup"] = "warmup"
     stored_top_k: int = Field(default=0, ge=0)
     """0: teacher distributions recomputed exactly; k: the teacher's top-k + tail mass stored once."""
+    alignment: Alignment = "tokens"
+    """`spans`: of a teacher with another tokenizer; see `Distill.alignment`."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Warmup:
+        if self.alignment == "spans" and not self.stored_top_k:
+            raise ValueError("alignment = 'spans' needs stored_top_k > 0: how many of the teacher's tokens to map")
+        _check_gate(self)
+        return self
 
 
 class SFT(TeacherRollouts):
@@ -221,6 +233,20 @@ class Distill(Method):
     gives every drawn token the advantage -1 and asks no teacher (the control of arXiv:2608.31046)."""
     beta: float | None = Field(default=None, gt=0, lt=1)
     """Weight of the teacher in the mixture of the generalised JSD (arXiv:2306.13649)."""
+    alignment: Alignment = "tokens"
+    """`tokens`: teacher and student share their tokenizer. `spans`: they do not, and the teacher's scores are carried
+    over the shortest spans of text that both spell in whole tokens: an approximation (docs/algorithms.md)."""
+    stored_top_k: int = Field(default=0, ge=0)
+    """With `spans`, how many of the teacher's likeliest tokens are mapped to the student's."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Distill:
+        if (self.alignment == "spans") != (self.stored_top_k > 0):
+            raise ValueError("stored_top_k is for alignment = 'spans', which needs it > 0")
+        if self.alignment == "spans" and self.divergence != "reverse_kl":
+            raise ValueError(f"alignment = 'spans' knows divergence = 'reverse_kl' only, not {self.divergence!r}")
+        _check_gate(self)
+        return self
 
     @model_validator(mode="after")
     def _beta(self) -> Distill:
@@ -247,6 +273,11 @@ class Joint(GRPO):
                 "remove kl_coef, updates_per_batch and redraws"
             )
         return self
+
+
+def _check_gate(settings: Warmup | Distill) -> None:
+    if settings.alignment == "spans" and settings.gate and settings.gate.watch == "kl":
+        raise ValueError("gate: watch = 'kl' compares token by token, which alignment = 'spans' cannot: watch 'score'")
 
 
 MethodConfig = Annotated[GRPO | Warmup | Distill | SFT | Joint, Field(discriminator="method")]

@@ -71,12 +71,24 @@ def checkup(recipe: Recipe) -> tuple[Material | None, list[Finding]]:
         findings += guarded(f"{patient.role}: lengths", lambda p=patient: _lengths(got, p, some))
     for role, patient in got.patients.items():
         if role != "student":
-            pair = lambda p=patient: prompts.check_pair(got.patients["student"], p, some)  # noqa: E731 -- as above
+            kinds = _alignments(recipe, role)
+            pair = lambda p=patient, k=kinds: prompts.check_pair(got.patients["student"], p, some, k)  # noqa: E731 -- as above
             findings += [replace(f, name=f"student and {role}: {f.name}") for f in guarded("tokens", pair)]
     counts = getattr(got.task, "counts", {})  # tasks from files have them
     findings += guarded("data", lambda: data.check_data(got.train, got.test, counts))
     findings += guarded("grader", lambda: _grader(got))
     return got, findings
+
+
+def _alignments(recipe: Recipe, role: str) -> set[str]:
+    """How the arms that this model teaches carry its scores to the student's tokens."""
+    return {
+        getattr(recipe.settings(name, stage), "alignment", "tokens")
+        for name, arm in recipe.arms.items()
+        for stage in arm_stages(arm)
+        if arm.teacher != "none" and arm.teacher_model == role
+        if stage not in ("teacher_rl", "teacher_sft", "student_rl")
+    }
 
 
 def _lengths(material: Material, patient: Patient, problems: Sequence[Problem]) -> Iterator[Finding]:

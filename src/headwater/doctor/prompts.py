@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from headwater.config import ModelConfig
 from headwater.doctor.finding import Finding, judge
 from headwater.models import template
-from headwater.models.language_model import check_same_tokens, end_ids
+from headwater.models.language_model import check_other_tokens, check_same_tokens, end_ids
 from headwater.types import Message, Problem
 
 TRICKY = (
@@ -70,9 +70,16 @@ def check_model(patient: Patient, problems: Sequence[Problem]) -> Iterator[Findi
     yield _vocabulary(patient)
 
 
-def check_pair(student: Patient, teacher: Patient, problems: Sequence[Problem]) -> Iterator[Finding]:
-    """What the tokens of one model must mean to the other."""
+def check_pair(
+    student: Patient, teacher: Patient, problems: Sequence[Problem], alignments: Set[str] = frozenset({"tokens"})
+) -> Iterator[Finding]:
+    """What the tokens of one model must mean to the other, where its scores are used token by token."""
     names = (student.config.source, teacher.config.source)
+    if "spans" in alignments:
+        check_other_tokens(student.tokenizer, teacher.tokenizer, names=names)
+        yield Finding("ok", "tokens differ", "spans of text are compared, as alignment = 'spans' asks")
+        if alignments == {"spans"}:
+            return
     check_same_tokens(student.tokenizer, teacher.tokenizer, names=names)
     texts = [*TRICKY, *(m.content for p in problems for m in p.messages), *(p.answer or "" for p in problems)]
     pairs = [[template.plain(p.tokenizer, t) for p in (student, teacher)] for t in texts]

@@ -18,7 +18,13 @@ NaN; a batch without members gives a differentiable 0. Constants (old, sampler, 
 
 from headwater.losses.dense import dense_divergence
 from headwater.losses.numerics import LOGPROB_FLOOR, Loss, Metrics
-from headwater.losses.policy import clipped_policy_gradient, cross_entropy, reference_kl, sampled_reverse_kl
+from headwater.losses.policy import (
+    clipped_policy_gradient,
+    cross_entropy,
+    reference_kl,
+    sampled_reverse_kl,
+    span_reverse_kl,
+)
 from headwater.losses.projection import token_logprobs
 from headwater.scoring.scores import HiddenScores, TopKScores
 
@@ -33,5 +39,6 @@ __all__ = [
     "dense_divergence",
     "reference_kl",
     "sampled_reverse_kl",
+    "span_reverse_kl",
     "token_logprobs",
 ]

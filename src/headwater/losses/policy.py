@@ -156,6 +156,33 @@ def sampled_reverse_kl(
     return loss, weights.sum(), {"teacher/sampled_reverse_kl": mean_metric(terms, member)}
 
 
+def span_reverse_kl(
+    policy_logprobs: Float[Tensor, " tokens"],
+    teacher_logprobs: Float[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+    *,
+    spans: Int[Tensor, " tokens"],
+) -> Loss:
+    """Policy gradient of KL(policy||teacher) over spans of text drawn from the policy; its value estimates that KL.
+
+    A span is one draw: its tokens share a number in `spans` and a weight, and its log-prob is the sum of theirs, for
+    the policy as for the teacher (who may spell it otherwise: only the sum counts). Each token gets the span's detached
+    advantage log(teacher / policy). With one token a span this is `sampled_reverse_kl`. Teacher log-probs are floored
+    at -100.
+    """
+    member, dtype = weights != 0, accurate_dtype(policy_logprobs)
+    policy = where_member(policy_logprobs, member, dtype)
+    teacher = where_member(teacher_logprobs.detach().clamp(min=LOGPROB_FLOOR), member, dtype)
+    kinds, index = spans.unique(return_inverse=True)
+    sums = policy.new_zeros(3, len(kinds))
+    sums.index_add_(1, index, torch.stack([policy.detach(), teacher, torch.ones_like(policy)]))
+    gap, share = (sums[0] - sums[1])[index], sums[2].reciprocal()[index]
+    slope = gap * policy
+    loss = (weights.to(dtype) * (gap * share + slope - slope.detach())).sum()
+    metric = (torch.where(member, gap * share, 0.0).sum(), torch.where(member, share, 0.0).sum())
+    return loss, weights.sum(), {"teacher/span_reverse_kl": metric}
+
+
 def cross_entropy(policy_logprobs: Float[Tensor, " tokens"], weights: Float[Tensor, " tokens"]) -> Loss:
     """Weighted sum of -log policy, in nats: supervised fine-tuning on the tokens."""
     member, dtype = weights != 0, accurate_dtype(policy_logprobs)

@@ -256,7 +256,19 @@ def check_same_tokens(
         raise ValueError(
             f"teacher {names[1]} and student {names[0]} have different tokenizers: "
             f"{len(differing)} tokens differ, for example {first!r} is {theirs.get(first)} for the teacher and "
-            f"{ours.get(first)} for the student; choose a teacher of the student's family"
+            f"{ours.get(first)} for the student; choose a teacher of the student's family, or carry its scores over "
+            "spans of text: alignment = 'spans' in [stages.warmup] and [stages.distill]"
+        )
+
+
+def check_other_tokens(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, names: tuple[str, str]
+) -> None:
+    """Spans are an approximation that equal tokenizers do not need: raise ValueError where both are the same."""
+    if student.get_vocab() == teacher.get_vocab():
+        raise ValueError(
+            f"teacher {names[1]} and student {names[0]} have the same tokenizer: remove alignment = 'spans', "
+            "token by token is exact"
         )
 
 

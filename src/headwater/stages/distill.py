@@ -27,6 +27,7 @@ from headwater.stages.common import (
     dense_loss,
     rollout_metrics,
 )
+from headwater.stages.spans import Pair, aligned, span_loss, with_scores
 from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem
 from headwater.update import AdamW, Loss, Term, learning_rate, update
@@ -57,7 +58,8 @@ def train(
             f"divergence = {settings.divergence!r} and {'a' if teacher else 'no'} teacher: give a teacher to all but "
             "'constant'"
         )
-    if teacher is not None:
+    pair = Pair.of(student, teacher) if teacher and settings.alignment == "spans" else None
+    if teacher is not None and pair is None:
         check_same_tokenizer(student, teacher)
     ex, mesh, per_step = run.execution, run.mesh, settings.problems_per_step
     sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens, mesh=mesh)
@@ -75,12 +77,18 @@ def train(
         batch = Batch.of(rollouts)
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
         batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
-        mine = batch.shard(mesh)
+        mine, scored = batch.shard(mesh), batch
         dense = settings.divergence in EXACT
-        if not dense:
+        view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
+        if pair is not None:
+            rows = aligned(pair, rollouts, drawn, sampled_by="student")
+            with run.meter.timed("scored"):
+                mine = with_scores(pair, rows.take(mesh.shard(range(len(batch)))), settings.stored_top_k, view)
+            denominator, scored = float(sum(rows.covered)), rows.teacher
+            loss = span_loss(settings, pair, denominator, run)
+        elif not dense:
             if teacher is not None:
                 with run.meter.timed("scored"):
-                    view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
                     mine = mine.with_fields(teacher=score_tokens(teacher, mine, view))
             loss = sampled_loss(settings, student.vocab_size, denominator, ex.chunk_tokens)
         else:
@@ -92,7 +100,7 @@ def train(
             clip = settings.optimizer.max_grad_norm
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
         if teacher is not None:
-            count_scored(run, teacher, batch, micros if dense else None)
+            count_scored(run, teacher, scored, micros if dense and pair is None else None)
         count_trained(run, student, batch, micros, DENSE if dense else SPARSE)
 
         run.log(step, settings.steps, {**rollout_metrics(rollouts), **metrics})

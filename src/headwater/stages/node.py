@@ -346,6 +346,8 @@ def _closeness(job: Job, policy: LanguageModel, teacher: LanguageModel | None, m
     node, execution = job.spec, job.execution
     if teacher is None or job.monitor is None or not execution.monitor_problems or not isinstance(node, StageSpec):
         return None
+    if getattr(node.settings, "alignment", "tokens") == "spans":
+        return None  # a KL token by token needs one tokenizer
     prompts = [p.unlabelled() for p in select(job.monitor.problems)[: execution.monitor_problems]]
     view = View(1.0, execution.micro_batch_tokens, execution.chunk_tokens)
 

@@ -22,6 +22,7 @@ from headwater.stages.common import (
     rollout_metrics,
     teacher_rollouts,
 )
+from headwater.stages.spans import Pair, aligned, span_loss, with_scores
 from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem
 from headwater.update import AdamW, learning_rate, update
@@ -46,33 +47,42 @@ def train(
     """
     problems, held = hold_out(settings, problems)
     check_pool(problems, 1, labelled=settings.keep != "all")
-    check_same_tokenizer(student, teacher)
+    pair = Pair.of(student, teacher) if settings.alignment == "spans" else None
+    if pair is None:
+        check_same_tokenizer(student, teacher)
     ex, mesh, per_step = run.execution, run.mesh, settings.sequences_per_step
     optimizer = AdamW(student, settings.optimizer)
     first = run.restore(optimizer)
     rollouts = teacher_rollouts(settings, teacher=teacher, problems=problems, grade=grade, seed=seed, run=run)
     pool = Batch.of(rollouts)
-    if settings.stored_top_k:
+    if k := settings.stored_top_k:
         view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
-        with run.meter.timed("scored"):
-            pool = top_k_scores(teacher, pool, settings.stored_top_k, view)
         if first == 0:
             count_scored(run, teacher, pool)
+        with run.meter.timed("scored"):
+            if pair is not None:
+                pool = with_scores(pair, aligned(pair, rollouts, problems, sampled_by="teacher"), k, view)
+            else:
+                pool = top_k_scores(teacher, pool, k, view)
 
     look = looker(settings, held, student, run, seed, teacher=teacher, grade=grade)
     for step in watched(settings, look, run, first):
         rows = streams.epoch_order(range(len(pool)), step * per_step, per_step, "warmup", seed)
         batch = pool.take(rows)
-        weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
-        batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
-        loss = dense_loss(settings, None if settings.stored_top_k else teacher, student.vocab_size, denominator, run)
+        if pair is not None:
+            denominator = float(sum(w.sum() for w in batch.fields["weights"]))
+            loss = span_loss(settings, pair, denominator, run)
+        else:
+            weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
+            batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
+            loss = dense_loss(settings, None if k else teacher, student.vocab_size, denominator, run)
         micros = micro_batches(batch.shard(mesh), max_tokens=ex.micro_batch_tokens, device=student.device)
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
         count_trained(run, student, batch, micros, DENSE)
-        if not settings.stored_top_k:
+        if not k:
             count_scored(run, teacher, batch, micros)
 
         shown = [rollouts[r] for r in rows]
