@@ -13,7 +13,8 @@ from headwater.config import GRPO, Distill, Gate, Joint, Warmup, load_recipe
 from headwater.monitors.gates import Look, decide, evidence, gain
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
-from headwater.study.graph import most_reveals, plan
+from headwater.study.budget import most_reveals
+from headwater.study.graph import plan
 from headwater.study.run import to_jobs
 
 METHOD = {"steps": 9, "max_new_tokens": 4, "optimizer": {"lr": 1e-3}}
