@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,6 +93,8 @@ def items(node: Node) -> list[Item]:
             Item("evaluated", "teacher", drawn * (1 + CONTINUATIONS), 1, node.settings.samples, "teacher"),
         ]
     settings = node.settings
+    if isinstance(node, StageSpec) and not pool_size(node):
+        return []  # a side of a split without labels is not trained
     if isinstance(node, EvaluationSpec):
         n = node.problems.count
         return [Item("evaluated", "start", n * settings.samples, math.ceil(n / BATCH), settings.samples)]  # pyright: ignore -- an Evaluation
@@ -124,6 +127,15 @@ def items(node: Node) -> list[Item]:
     return work
 
 
+def adapted(shape: Shape, rank: int, targets: Sequence[str] | Literal["all-linear"] = "all-linear") -> Shape:
+    """The shape with LoRA's adapters: rank x (in + out) for every target of every layer."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sides = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+    sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.mlp)
+    chosen = sides if targets == "all-linear" else targets
+    return replace(shape, adapters=rank * shape.layers * sum(shape.hidden + sides.get(t, shape.mlp) for t in chosen))
+
+
 def limit_of(node: Node) -> int:
     """Most tokens of a completion."""
     return node.max_new_tokens if isinstance(node, DecisionSpec) else node.settings.max_new_tokens
@@ -143,12 +155,14 @@ def labels(node: Node) -> int:
         return node.problems.count
     if isinstance(node, EvaluationSpec) or not node.problems.labelled:
         return 0
-    settings = node.settings
+    settings, size = node.settings, pool_size(node)
+    held = settings.gate.held_out(size) if settings.gate and size else 0
+    watched = held if settings.gate and settings.gate.watch == "score" else 0
     if isinstance(settings, GRPO):
-        return min(pool_size(node), settings.steps * settings.problems_per_step * (1 + settings.redraws))
+        return watched + min(size - held, settings.steps * settings.problems_per_step * (1 + settings.redraws))
     if isinstance(settings, SFT) and settings.tokens == "solutions":
-        return min(pool_size(node), settings.steps * settings.sequences_per_step)
-    return pool_size(node) if isinstance(settings, TeacherRollouts) and settings.keep != "all" else 0
+        return min(size, settings.steps * settings.sequences_per_step)
+    return watched + (size - held if isinstance(settings, TeacherRollouts) and settings.keep != "all" else 0)
 
 
 def tokens(item: Item, prompt: Number, completion: Number) -> Number:
@@ -234,9 +248,9 @@ def memory(
         # Growing the cache copies a layer; a draw holds log-probs in float32, masses and their sums in float64.
         cache = max(cache, rows * (prompt + limit) * kept * (1 + 1 / shape.layers) + rows * shape.vocab * 28)
     held = 0.0 if teacher is None else teacher.parameters * (2 if _teacher_wide(node) == 2 else 4)
-    if not isinstance(node, StageSpec):
+    if not isinstance(node, StageSpec) or not done:
         return Memory(base, start.parameters * wide, 0, held, 0, 0, cache)
-    masters = 4 * start.trained if wide == 2 and not start.adapters else 0
+    masters = 4 * start.trained if wide == 2 else 0
     updates = next(i for i in done if i.role == "trained")
     padded = min(execution.micro_batch_tokens, updates.sequences / updates.calls * (prompt + limit))
     padded = max(padded, prompt + limit)
@@ -284,7 +298,6 @@ def what_fits(
         execution = execution.model_copy(update={"gradient_checkpointing": True})
         changes["execution.gradient_checkpointing"] = "true"
         if peak() > available:
-            rank = 16 * start.layers * (start.hidden * 7 + 3 * start.mlp)
-            start = replace(start, adapters=rank)
+            start = adapted(start, 16)
             changes["lora"] = "{ rank = 16 }"
     return None if peak() > available else [f"{name} = {value}" for name, value in changes.items()]

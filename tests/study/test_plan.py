@@ -7,11 +7,12 @@ import miniature
 import pytest
 
 from headwater import plan
-from headwater.config import Recipe, load_recipe
+from headwater.config import LoRA, Recipe, load_recipe
 from headwater.flops import Shape
+from headwater.models.language_model import adapt, load_model
 from headwater.plan import GROWTH, Device, Speed, Writer
 from headwater.store import Store
-from headwater.study.calibrate import Calibration, _two_rates, calibrate, model_key
+from headwater.study.calibrate import Calibration, _two_rates, _uses, calibrate, model_key
 from headwater.study.graph import Graph
 from headwater.study.graph import plan as draw
 from headwater.study.outlook import outlook, profile_of, writer_of
@@ -100,6 +101,43 @@ def test_a_matched_stage_spends_what_the_other_arm_does(mini: Path):
     matched = found[graph.arms["matched"][0][0]]
     spent = sum(found[key]["flops"][1] for key in graph.arms["bridge"][0])
     assert matched["flops"][1] == pytest.approx(spent) and matched["steps"] > 2
+
+
+def test_a_stage_on_adapters_trains_those_alone(mini: Path):
+    recipe = load_recipe(mini, ["stages.student_rl.lora={rank = 3, targets = ['q_proj', 'k_proj', 'down_proj']}"])
+    graph = draw(recipe)
+    key = graph.arms["direct"][0][0]
+    config = recipe.models["student"]
+    model = load_model(config, mini.parent / "student", lora=recipe.stages["student_rl"].lora)
+    row, full = (
+        outlook(r, g, made(g))["nodes"] for r, g in ((recipe, graph), (load_recipe(mini), draw(load_recipe(mini))))
+    )
+    assert row[key]["memory"]["optimizer"] == 12 * model.num_trained
+    assert row[key]["flops"][1] < 0.9 * full[draw(load_recipe(mini)).arms["direct"][0][0]]["flops"][1]
+    assert (
+        plan.adapted(model.shape, 3).adapters
+        == adapt(load_model(config, mini.parent / "student"), LoRA(rank=3), 0).num_trained
+    )
+
+
+def test_a_side_without_labels_does_nothing(mini: Path):
+    """And nobody is asked its prompts, of which there are none."""
+    raw = load_recipe(mini).model_dump(exclude_unset=True) | {"comparisons": []}
+    raw["arms"] = {"fresh": {"teacher": "rl", "bridge": "full", "finish": "fresh", "split": 0.0}}
+    recipe = Recipe.model_validate(raw)
+    graph = draw(recipe)
+    teacher_rl = graph.arms["fresh"][0][0]
+    row = outlook(recipe, graph, made(graph))["nodes"][teacher_rl]
+    assert (row["tokens"], row["labels"], row["memory"]["optimizer"]) == ([0, 0, 0], 0, 0)
+    assert {name: plan.pool_size(node) for name, (_, node) in _uses(graph).items()} == {
+        model_key(graph.nodes[key].start): 8 for key in (teacher_rl, graph.arms["fresh"][0][1])
+    }
+
+
+def test_labels_of_a_gate_that_watches_the_score(mini: Path):
+    gate = "{watch = 'score', every = 1, problems = 2, samples = 2}"
+    graph = draw(load_recipe(mini, [f"stages.{stage}.gate={gate}" for stage in ("teacher_rl", "warmup", "distill")]))
+    assert [plan.labels(graph.nodes[key]) for key in graph.arms["bridge"][0]] == [4 + 2, 2, 2]
 
 
 def test_without_a_calibration_nothing_is_timed(planned: tuple[Recipe, Graph], tmp_path: Path):

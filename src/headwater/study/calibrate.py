@@ -15,7 +15,7 @@ from headwater.device import name_of, resident_memory
 from headwater.flops import Number
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel, load_model
-from headwater.plan import Speed, Writer
+from headwater.plan import Speed, Writer, pool_size
 from headwater.rollouts.batch import Batch, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import set_deterministic
@@ -83,7 +83,7 @@ def _uses(graph: Graph) -> dict[str, tuple[ModelRef, StageSpec]]:
     """Every base model that writes, with the stage in which its completions may be longest."""
     found: dict[str, tuple[ModelRef, StageSpec]] = {}
     for node in graph.nodes.values():
-        if not isinstance(node, StageSpec):
+        if not isinstance(node, StageSpec) or not pool_size(node):
             continue
         for ref in filter(None, [node.start, node.teacher]):
             key = model_key(ref)

@@ -101,6 +101,8 @@ def _row(
 ) -> dict[str, Any]:
     refs = {"start": node.start, "teacher": None if isinstance(node, EvaluationSpec) else node.teacher}
     limit, shaped = plan.limit_of(node), {who: ref and known[model_key(ref)] for who, ref in refs.items()}
+    if shaped["start"] and isinstance(node, StageSpec) and (lora := node.settings.lora):
+        shaped["start"] = plan.adapted(shaped["start"], lora.rank, lora.targets)
     sums: dict[str, list[Number] | None] = {"tokens": [0.0] * 3, "flops": [0.0] * 3, "seconds": [0.0] * 3}
     prompt = 0.0
     for item in plan.items(node):
