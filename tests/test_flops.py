@@ -1,5 +1,6 @@
 """FLOPs against torch's own counter, with eager attention: it counts fused attention on the CPU as nothing."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from headwater import flops
 from headwater.config import Distill, Execution, ModelConfig, Warmup
 from headwater.flops import Work, completion_work, prompt_work, sequence_work, shape_of
-from headwater.models.language_model import LanguageModel, wrap
+from headwater.models.language_model import LanguageModel, Prefixes, wrap
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
 from headwater.stages import distill, warmup
@@ -138,6 +139,20 @@ def test_frozen_weights_under_adapters_get_no_gradient(tokenizer):
     # The adapters of the first layer that read the embeddings pass no gradient on either: 7 x 4 x 48 of `count`.
     assert flops.training_flops(shape, work) == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert shape.trained == count
+
+
+def test_frozen_weights_on_long_prompts_that_rows_share(tokenizer):
+    """Of the last layer a prefix gives keys and values alone, so nothing flows back through its attention."""
+    model = build("qwen3", tokenizer)
+    ids = torch.randint(0, 300, (1, 400))
+    prefixes = Prefixes(ids[:, :399], torch.ones(1, 399, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    for layer in model.base.layers:  # pyright: ignore -- a decoder has them
+        layer.input_layernorm.weight.requires_grad_()  # as adapters do, makes gradients flow and costs no product
+    with FlopCounterMode(display=False) as counter:
+        model.hidden(ids[:, -1:].expand(2, 1), prefixes=prefixes).sum().backward()
+    shape = replace(model.shape, adapters=1)
+    counted = flops.training_flops(shape, Work(2, 2 * 400, 0), Work(399, 399 * 399))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_model_flops_by_hand():

@@ -361,6 +361,16 @@ def test_non_finite_values_stop_before_the_weights_change_and_the_batch_is_saved
     assert ("1.ids" in saved) == (where == "gradient")
 
 
+def test_a_saved_batch_has_its_prompts_where_rows_share_them(tmp_path):
+    batch = Batch([[5, 6, 7, 8, 9]] * 4, [[1, 2]] * 4)
+    (micro,) = micro_batches(batch, max_tokens=100, share=True)
+    with pytest.raises(NonFiniteError), StageRun(tmp_path).guarded():
+        raise NonFiniteError("the loss is nan", [micro])
+    saved = load_file(tmp_path / "nonfinite.safetensors")
+    prompts = saved["0.prefixes.ids"][saved["0.prefixes.of_row"]]
+    assert torch.cat([prompts, saved["0.ids"]], 1).tolist() == [[5, 6, 7, 8, 9, 1]] * 4
+
+
 @pytest.mark.parametrize("limit", [1e-3, 1e9])
 def test_clipping_is_torchs(model64, limit):
     ids = torch.tensor([[1, 2, 3, 4]])

@@ -136,11 +136,11 @@ def training_flops(
     pair = 2 * shape.heads * shape.head_dim
     frozen = shape.adapters > 0
     keys = 2 * shape.hidden * shape.kv_heads * shape.head_dim
-    idle = (shape.matrices / shape.layers - keys) * shared.tokens + pair * shared.pairs
+    idle = (1 if frozen else 2) * (shape.matrices / shape.layers - keys) * shared.tokens + 2 * pair * shared.pairs
     matrices = shape.matrices * (2 if frozen else 3) + 3 * shape.adapters
     if frozen:
         matrices -= keys + shape.hidden * shape.heads * shape.head_dim
-    layers = matrices * work.tokens + 3 * pair * shape.layers * work.pairs - (1 if frozen else 2) * idle
+    layers = matrices * work.tokens + 3 * pair * shape.layers * work.pairs - idle
     # torch stops recomputing a layer once it has all that it saved, which its last product is not.
     once_more = shape.matrices + shape.adapters - shape.layers * shape.hidden * shape.mlp
     again = once_more * work.tokens + pair * shape.layers * work.pairs if recomputed else 0

@@ -167,6 +167,8 @@ class StageRun:
             for i, micro in enumerate(error.micro_batches):
                 tensors |= {f"{i}.ids": micro.ids, f"{i}.predicts": micro.predicts, f"{i}.targets": micro.targets}
                 tensors |= {f"{i}.{name}": values for name, values in micro.fields.items()}
+                if micro.prefixes is not None:  # the prompts less their last token, which `ids` then lack
+                    tensors |= {f"{i}.prefixes.{name}": values for name, values in vars(micro.prefixes).items()}
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
             error.args = (
                 f"{error}; the batch is in {path}. The weights were not changed: lower the learning rate or look at "
