@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from headwater import flops
 from headwater.config import Distill, Execution, ModelConfig, Warmup
@@ -153,6 +153,12 @@ def test_frozen_weights_on_long_prompts_that_rows_share(tokenizer):
     shape = replace(model.shape, adapters=1)
     counted = flops.training_flops(shape, Work(2, 2 * 400, 0), Work(399, 399 * 399))
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_model_that_cannot_be_counted_fails_before_its_first_completion(tokenizer):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(tokenizer), eos_token_id=1)
+    with pytest.raises(ValueError, match="'gpt2' has no 'num_attention_heads': FLOPs are counted for decoders"):
+        wrap(AutoModelForCausalLM.from_config(config).eval(), tokenizer, ModelConfig(source="random:gpt2"))
 
 
 def test_model_flops_by_hand():

@@ -12,6 +12,7 @@ from headwater.flops import Shape
 from headwater.models.language_model import adapt, load_model
 from headwater.plan import GROWTH, Device, Speed, Writer
 from headwater.store import Store
+from headwater.study import calibrate as calibrations
 from headwater.study.calibrate import Calibration, _two_rates, _uses, calibrate, model_key
 from headwater.study.graph import Graph
 from headwater.study.graph import plan as draw
@@ -149,6 +150,23 @@ def test_without_a_calibration_nothing_is_timed(planned: tuple[Recipe, Graph], t
     assert known["total"]["seconds"][0] > 0 and "data sheet" in known["rests_on"]
     with pytest.raises(ValueError, match="name one of a100, h100"):
         profile_of("abacus")
+
+
+def test_a_calibration_trains_a_model_as_its_stages_do(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights that stay frozen in the study are not given an optimizer, which there may be no room for."""
+    raw = load_recipe(mini, ["stages.student_rl.lora={rank = 2}"]).model_dump(exclude_unset=True) | {"comparisons": []}
+    raw["arms"] = {"raw": {"teacher": "raw", "bridge": "opd", "finish": "full"}}
+    raw["stages"] = {name: raw["stages"][name] | {"lora": {"rank": 2}} for name in ("distill", "student_rl")}
+    recipe = Recipe.model_validate(raw)
+    seen = {}
+
+    def measured(model, node, recipe):
+        seen[Path(model.config.source).name] = model.num_trained / model.num_parameters
+        return Writer(1, (1,)), Speed(1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(calibrations, "_measure", measured)
+    calibrate(recipe, draw(recipe), Store(tmp_path))
+    assert seen["teacher"] == 0 and 0 < seen["student"] < 0.5
 
 
 def test_two_rates():

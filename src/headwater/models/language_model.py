@@ -237,6 +237,7 @@ def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Mo
         module, tokenizer, config, end_ids(module.generation_config, tokenizer, config), len(tokenizer)
     )
     _check_plain_head(model)
+    _ = model.shape  # a model whose FLOPs cannot be counted fails here, and not after its first completions
     return model
 
 

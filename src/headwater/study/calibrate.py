@@ -10,7 +10,7 @@ import torch
 
 from headwater import spec
 from headwater.checkpoint import write_atomically
-from headwater.config import Execution, Recipe
+from headwater.config import Execution, LoRA, Recipe
 from headwater.device import name_of, resident_memory
 from headwater.flops import Number
 from headwater.mesh import Mesh
@@ -44,7 +44,7 @@ class Calibration:
 
 
 def model_key(ref: ModelRef) -> str:
-    return spec.digest(ref.config.model_dump(mode="json"))
+    return spec.digest([ref.config.model_dump(mode="json"), ref.fingerprint])
 
 
 def calibrate(recipe: Recipe, graph: Graph, store: Store, *, measure: bool = True) -> Calibration | None:
@@ -52,8 +52,12 @@ def calibrate(recipe: Recipe, graph: Graph, store: Store, *, measure: bool = Tru
     `measure` is off. Prompts are looked at, answers are not."""
     uses = _uses(graph)
     threads = recipe.execution.threads or (1 if recipe.execution.executor != "inline" else torch.get_num_threads())
-    execution = recipe.execution.model_dump(include={"micro_batch_tokens", "sampler_tokens", "chunk_tokens", "compile"})
-    place = {k: [node.settings.model_dump(mode="json"), node.problems.digest] for k, (_, node) in uses.items()}
+    names = {"micro_batch_tokens", "sampler_tokens", "chunk_tokens", "compile", "gradient_checkpointing"}
+    execution = recipe.execution.model_dump(include=names)
+    place = {
+        k: [node.settings.model_dump(mode="json"), node.problems.digest, repr(_adapters(graph, k))]
+        for k, (_, node) in uses.items()
+    }
     path = (
         store.root
         / "calibrations"
@@ -69,7 +73,16 @@ def calibrate(recipe: Recipe, graph: Graph, store: Store, *, measure: bool = Tru
     set_deterministic(threads)
     base, writers, speeds = float(resident_memory(recipe.execution.device)), {}, {}
     for key, (ref, node) in uses.items():
-        model = load_model(ref.config, model_directory(ref.config.source), device=recipe.execution.device, trained=True)
+        adapters = _adapters(graph, key)
+        model = load_model(
+            ref.config,
+            model_directory(ref.config.source),
+            device=recipe.execution.device,
+            trained=bool(adapters),
+            checkpoint_activations=bool(adapters) and recipe.execution.gradient_checkpointing,
+            spread=not adapters and recipe.execution.spread_teacher,
+            lora=adapters[0] if adapters else None,
+        )
         writers[key], speeds[key] = _measure(model, node, recipe)
         del model
     torch.set_num_threads(before)
@@ -92,13 +105,21 @@ def _uses(graph: Graph) -> dict[str, tuple[ModelRef, StageSpec]]:
     return found
 
 
+def _adapters(graph: Graph, key: str) -> list[LoRA | None]:
+    """How the stages train a base model, in full (None) first; [] for one that only teaches, which has no room to be
+    trained."""
+    stages = [n for n in graph.nodes.values() if isinstance(n, StageSpec) and pool_size(n)]
+    return sorted((n.settings.lora for n in stages if model_key(n.start) == key), key=lambda lora: lora is not None)
+
+
 def _measure(model: LanguageModel, node: StageSpec, recipe: Recipe) -> tuple[Writer, Speed]:
     ex, settings = recipe.execution, node.settings
     problems = [p.unlabelled() for p in select(node.problems)]
     group = getattr(settings, "group_size", 0) or getattr(settings, "rollouts_per_problem", 1)
     per_step = min(len(problems), getattr(settings, "problems_per_step", 8))
     sampler = TransformersSampler(model, max_tokens=ex.sampler_tokens)
-    optimizer = AdamW(model, settings.optimizer)  # rounds the weights to the dtype that will be sampled from
+    # Rounds the weights to the dtype that will be sampled from.
+    optimizer = AdamW(model, settings.optimizer) if model.num_trained else None
     limit = settings.max_new_tokens
     _timed_sample(sampler, problems[:1], 1, min(4, limit), "first call", settings.temperature)
     few = _timed_sample(sampler, problems[:1], group, min(16, limit), "few", settings.temperature)
@@ -120,7 +141,7 @@ def _measure(model: LanguageModel, node: StageSpec, recipe: Recipe) -> tuple[Wri
     started = time.perf_counter()
     score_tokens(model, batch, view)
     scored = (time.perf_counter() - started) / batch.num_tokens
-    fixed, trained = _time_updates(model, optimizer, batch, ex)
+    fixed, trained = _time_updates(model, optimizer, batch, ex) if optimizer else (0.0, 0.0)
     prompts = sum(len(model.encode(p.messages)) for p in problems) / len(problems)
     return Writer(prompts, tuple(lengths)), Speed(step, row, scored, fixed, trained)
 
