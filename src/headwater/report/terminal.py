@@ -23,7 +23,7 @@ from headwater.report import observations
 from headwater.report.directory import read
 from headwater.report.headline import decisions
 from headwater.report.tables import count, duration, flops
-from headwater.spec import StageSpec
+from headwater.spec import DecisionSpec, StageSpec
 from headwater.store import Store
 from headwater.study.budget import most_reveals
 from headwater.study.calibrate import calibrate
@@ -133,11 +133,12 @@ def dry_run(console: Console, recipe: Recipe, graph: Graph, store: Store) -> Non
     for line in graph.unchecked:
         console.print(f"not checked here: {line}", markup=False)
     todo = [key for key in graph.nodes if states[key] != "done"]
-    stages = sum(isinstance(graph.nodes[key], StageSpec) for key in todo)
+    stages, probes = (sum(isinstance(graph.nodes[key], kind) for key in todo) for kind in (StageSpec, DecisionSpec))
     sharing = graph.requested / max(1, len(graph.stages))
+    evaluations = f"{len(todo) - stages - probes} evaluations" + (f" and {probes} probes" if probes else "")
     console.print(
-        f"{len(graph.nodes)} nodes over {len(recipe.seeds)} seeds; to do: {stages} stages and {len(todo) - stages} "
-        f"evaluations; {len(graph.stages)} distinct stages serve {graph.requested} asked for by the arms "
+        f"{len(graph.nodes)} nodes over {len(recipe.seeds)} seeds; to do: {stages} stages and {evaluations}; "
+        f"{len(graph.stages)} distinct stages serve {graph.requested} asked for by the arms "
         f"(sharing ratio {sharing:.2f})"
     )
 

@@ -146,7 +146,7 @@ def size(path: Path) -> int:
 
 def _unused(path: Path, spec: Mapping[str, Any], num_bytes: int) -> Item:
     outcome = _json(path / "done.json")
-    kind: Kind = "unused stage" if spec.get("kind", "stage") == "stage" else "unused evaluation"
+    kind: Kind = "unused evaluation" if spec.get("kind") == "evaluate" else "unused stage"
     method = (spec.get("settings") or {}).get("method", "")
     state = "" if outcome else "unfinished "
     return Item(
