@@ -130,7 +130,9 @@ def _generation(model: LanguageModel, recipe: Recipe) -> GenerationConfig:
 
 def _card(found: _Found, specs: dict[str, StageSpec], name: str, adapter: bool) -> str:
     store, source = found.store, found.config.source
-    ledgers = [store.ledger(key) for key in found.keys]
+    decided = dict.fromkeys(node.decision for node in specs.values() if node.decision)
+    billed = [*found.keys, *decided]
+    ledgers = [store.ledger(key) for key in billed]
     taught = dict.fromkeys(node.teacher.config.source for node in specs.values() if node.teacher)
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     return (
@@ -148,7 +150,7 @@ def _card(found: _Found, specs: dict[str, StageSpec], name: str, adapter: bool) 
             budget=found.results["arms"][found.endpoint.partition("/")[0]]["budget"],
             labels=len(set().union(*(ledger.problems for ledger in ledgers))),
             reveals=sum(ledger.revealed for ledger in ledgers),
-            cost=total([store.outcome(key)["meter"] for key in found.keys]),
+            cost=total([store.outcome(key)["meter"] for key in billed]),
             scores=_scores(found),
             made=store.outcome(found.keys[-1])["environment"],
         )

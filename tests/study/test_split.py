@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from headwater import spec
 from headwater.cli import app
-from headwater.config import Recipe, load_recipe
+from headwater.config import Pool, Recipe, load_recipe
+from headwater.export import export_model
 from headwater.report import page
 from headwater.spec import DecisionSpec, StageSpec
 from headwater.stages import node
@@ -19,9 +20,10 @@ from headwater.stages.node import select
 from headwater.store import Store
 from headwater.study import gc
 from headwater.study.budget import most_reveals
-from headwater.study.graph import Graph, plan
+from headwater.study.graph import Graph, plan, probe_node
 from headwater.study.outlook import against, outlook
 from headwater.study.run import run
+from headwater.study.tune import trial_recipe, tune
 
 AUTO = ["arms.auto={preset='fresh', split='auto'}", "probe.problems=6", "probe.samples=2"]
 
@@ -101,10 +103,13 @@ def test_stages_follow_the_decision(mini: Path, tmp_path: Path, monkeypatch: pyt
         return {**real(*given), "share": share}
 
     monkeypatch.setattr(node, "judge", judge)
-    store, recipe = Store(tmp_path / "store"), load_recipe(mini, AUTO)
-    recipe = recipe.model_copy(update={"arms": {"auto": recipe.arms["auto"]}, "comparisons": ()})
+    again = "arms.again={preset='fresh', split='auto', overrides={student_rl={steps=1}}}"
+    store, recipe = Store(tmp_path / "store"), load_recipe(mini, [*AUTO, again])
+    arms = {name: recipe.arms[name] for name in ("auto", "again")}
+    recipe = recipe.model_copy(update={"arms": arms, "comparisons": ()})
     found = run(recipe, tmp_path / "out", store)
     graph = plan(recipe)
+    assert len(set(graph.decisions.values())) == 1  # one probe for both arms, billed once in the study
     teacher, _, _, student = graph.arms["auto"][0]
     up = int(8 * share)
     assert spent(store, teacher) == (4 if up else 0) and spent(store, student) == (4 if up < 8 else 0)
@@ -127,6 +132,57 @@ def test_stages_follow_the_decision(mini: Path, tmp_path: Path, monkeypatch: pyt
     page.write(tmp_path / "out")
     kept = {item.key for item in gc.survey(store, {student}, tmp_path).items if item.kind.startswith("unused")}
     assert graph.decisions["auto", 0] not in kept and kept  # a stage needs its decision, and no evaluation
+    kinds = {item.key: item.kind for item in gc.survey(store, set(), tmp_path).items if item.kind.startswith("unused")}
+    assert kinds[graph.decisions["auto", 0]] == "unused stage"
+    export_model(tmp_path / "out", "auto", None, tmp_path / "model", store, dtype="float32", adapter=False)
+    billed = f"Labels: {row['labels']['distinct']} distinct, {row['labels']['revealed']} reveals."
+    assert billed in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_dry_run_names_probes(mini: Path, tmp_path: Path):
+    sets = [part for change in AUTO for part in ("--set", change)]
+    shown = CliRunner().invoke(app, ["run", str(mini), "--dry-run", "--store", str(tmp_path), *sets])
+    assert shown.exit_code == 0 and "evaluations and 1 probes;" in shown.output.replace("\n", " "), shown.output
+    assert "evaluation probe" not in shown.output
+
+
+def test_held_out_prompts_are_those_that_no_stage_sees(mini: Path):
+    unlabelled = "task.fractions={train=0.5, test=0.2, tuning=0.1, unlabelled=0.2}"
+    sizes = "task.sizes={train=16, test=4, tuning=4, unlabelled=8}"
+    changes = [unlabelled, sizes, "probe.problems=4", "pool.labels=4"]
+    assert probe_node(load_recipe(mini, changes), "bridge").held_out.split == "unlabelled"  # pyright: ignore -- there
+    changes += ["pool.unlabelled=4", "arms.free={preset='bridge', prompts='unlabelled'}"]
+    assert probe_node(load_recipe(mini, changes), "free").held_out.split == "tuning"  # pyright: ignore -- likewise
+
+
+def test_tuning_bills_the_probe_and_keeps_overlaps_out(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grid = "tuning={lr=[1e-3, 1e-2], seeds=[7], problems=2, samples=2}"
+    recipe = load_recipe(mini, [*AUTO, grid])
+    recipe = recipe.model_copy(update={"arms": {"auto": recipe.arms["auto"]}, "comparisons": ()})
+    careful = recipe.model_copy(update={"pool": Pool(labels=8, exclude_overlap=0.9)})
+    assert trial_recipe(careful, "warmup", {}).pool == careful.pool
+    store, score = Store(tmp_path / "store"), {"summary": {"tuning": {"mean": 0.5, "ci95": [0.4, 0.6]}}}
+
+    def ran(trial: Recipe, *_: Any, **__: Any) -> dict[str, Any]:
+        """One label of every stage of the trial, and those of its probe."""
+        arms, graph = {}, plan(trial)
+        for name, by_seed in graph.arms.items():
+            probes = [graph.decisions[name, 7]] if (name, 7) in graph.decisions else []
+            for key in (*by_seed[7], *probes):
+                store.path(key).mkdir(parents=True, exist_ok=True)
+                store.ledger(key).reveal(0, [f"{i}" for i in range(6 if key in probes else 1)])
+            rows = [{"stage": graph.names[key], "key": key} for key in (*by_seed[7], *probes)]
+            stages = [graph.names[key] for key in by_seed[7]]
+            arms[name] = {"stages": stages, "seeds": {"7": {"stages": by_seed[7], "by_stage": rows}}, **score}
+        return {
+            "arms": arms,
+            "models": {row["key"]: score for arm in arms.values() for row in arm["seeds"]["7"]["by_stage"]},
+        }
+
+    monkeypatch.setattr("headwater.study.tune.run", ran)
+    found = tune(recipe, tmp_path, store)
+    stages = len(list((store.root / "nodes").iterdir())) - 1
+    assert found["labels"] == {"distinct": 6 + 2, "revealed": stages + 6 + 4 * 2 * 2}
 
 
 def test_the_same_decision_again(mini: Path, tmp_path: Path):

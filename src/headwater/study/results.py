@@ -117,7 +117,7 @@ def results(recipe: Recipe, graph: Graph, store: Store, out: Path) -> dict[str, 
     reader = _Reader(recipe, graph, store, out)
     finished = [name for name in graph.arms if reader.is_finished(name)]
     stages = [key for key in graph.stages if store.is_done(key)]
-    spent = [*stages, *filter(store.is_done, graph.decisions.values())]
+    spent = [*stages, *filter(store.is_done, dict.fromkeys(graph.decisions.values()))]
     complete = all(map(store.is_done, graph.nodes))
     return {
         "schema": 1,

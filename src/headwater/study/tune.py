@@ -45,7 +45,8 @@ def tune(
         found = run(trial, out / stage, store, on_event=on_event, on_plan=on_plan)
         rows = [{"lr": float(name), **_score(found, name, stage)} for name in trial.arms]
         table[stage], chosen[stage] = rows, max(rows, key=lambda row: row["mean"])["lr"]
-        stages |= {key for arm in found["arms"].values() for row in arm["seeds"].values() for key in row["stages"]}
+        rows_of = [row for arm in found["arms"].values() for row in arm["seeds"].values()]
+        stages |= {part["key"] for row in rows_of for part in row["by_stage"]}
     ledgers = [store.ledger(key) for key in stages]
     problems = set().union(*(ledger.problems for ledger in ledgers))
     models = len(order) * len(recipe.tuning.lr) * len(recipe.tuning.seeds)
@@ -83,7 +84,7 @@ def trial_recipe(recipe: Recipe, stage: StageName, chosen: dict[str, float]) -> 
         "note": f"Learning rate of {stage}.",
         "seeds": tuning.seeds,
         "models": {name: model for name, model in recipe.models.items() if name in ("student", arm.teacher_model)},
-        "pool": {"labels": recipe.pool.labels}
+        "pool": recipe.pool.model_dump(include={"labels", "exclude_overlap"}, exclude_none=True)
         | ({"unlabelled": recipe.pool.unlabelled} if arm.prompts == "unlabelled" else {}),
         "stages": merge(
             {name: recipe.stages[name].model_dump(exclude_unset=True) for name in used},
