@@ -8,11 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from headwater.cli import app
-from headwater.config import load_recipe
+from headwater.config import Pool, load_recipe
 from headwater.report.data import survey
 from headwater.spec import StageSpec
 from headwater.stages.node import select
 from headwater.study.graph import plan
+from headwater.tasks import benchmarks
+from headwater.tasks.benchmarks import Benchmark
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,34 @@ def test_overlapping_problems_leave_the_pool(recipe: Path):
         plan(load_recipe(recipe, ["pool.exclude_overlap=0.9", "pool.labels=41"]))
     with pytest.raises(ValueError, match="exclude_overlap"):
         load_recipe(recipe, ["pool.exclude_overlap=0"])
+
+
+def test_prompts_that_are_test_prompts_too_can_be_left_out(recipe: Path):
+    (recipe.parent / "again.jsonl").write_text(rows([f"{a}-{b}-7*2=" for a in range(2) for b in range(4)]))
+    loaded = load_recipe(recipe)
+    task = {**loaded.task, "source": f"file:{recipe.parent}/again.jsonl", "fractions": {"test": 1.0}}
+    del task["test_source"]
+    again = loaded.evaluations["rows"].model_copy(update={"task": task, "problems": 8})
+    doubled = loaded.model_copy(update={"evaluations": {"rows": again}})
+    with pytest.raises(ValueError, match=r"8 of 70 training prompts are also test prompts.*exclude_overlap"):
+        plan(doubled)
+    careful = plan(doubled.model_copy(update={"pool": Pool(labels=8, exclude_overlap=1.0)}))
+    assert careful.stages
+
+
+def test_a_question_is_not_trained_on_in_another_prompt(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    place = str(recipe.parent / "rows.jsonl")
+    facts = {"test_source": place, "prompt_column": "question", "answer_column": "answer"}
+    table = {name: Benchmark("words", 70, facts, divided=True) for name in ("sums", "more")}
+    monkeypatch.setattr(benchmarks, "benchmarks", lambda: table)
+    loaded = load_recipe(recipe)
+    other = loaded.evaluations["rows"].model_copy(
+        update={"task": {"name": "more", "template": "none"}, "split": "all", "problems": 70}
+    )
+    with pytest.raises(ValueError, match=r"training prompts are also test prompts"):
+        plan(loaded.model_copy(update={"task": {"name": "sums"}, "evaluations": {"rows": other}}))
+    test = other.model_copy(update={"split": "test", "problems": 4})
+    plan(loaded.model_copy(update={"task": {"name": "sums"}, "evaluations": {"rows": test}}))
 
 
 def test_survey_counts_and_shows(recipe: Path):

@@ -23,6 +23,7 @@ from headwater.grading.child import split_spec
 from headwater.spec import REVISIONS, DecisionSpec, EvaluationSpec, ModelRef, Node, Problems, StageSpec
 from headwater.study.budget import check_budget, needed
 from headwater.tasks import load_task
+from headwater.tasks.benchmarks import bare
 from headwater.tasks.overlap import overlaps
 from headwater.tasks.pool import draw_pool, part_of, pool_digest
 from headwater.tasks.splits import check_disjoint
@@ -192,7 +193,7 @@ class _Planner:
 
     def _unseen(self, count: int, seed: int) -> Problems | None:
         """Prompts that no stage sees, from the first split that has so many."""
-        for split in ("unlabelled", "tuning"):
+        for split in ("tuning",) if self.recipe.pool.unlabelled else ("unlabelled", "tuning"):
             with suppress(ValueError):
                 return self._pool(count, seed, "all", None, labelled=False, split=split)
         return None
@@ -337,8 +338,21 @@ class _Planner:
             if missing := [p.id for p in held_out if p.answer is None]:
                 raise ValueError(f"evaluation {name!r}: {len(missing)} problems have no answer")
             self._held_out.append(held_out)
+        for split in used:
+            left_out = set(self._excluded(split))
+            pool = [p for p in self._problems(recipe.task, split) if p.id not in left_out]
+            for held_out in self._held_out:
+                check_disjoint(pool, held_out)
+        if recipe.pool.exclude_overlap is None:
+            self._check_questions(used)
+
+    def _check_questions(self, used: Sequence[str]) -> None:
+        """ValueError when a benchmark's question is trained on in one prompt and evaluated in another."""
+        for name, settings in self.recipe.evaluations.items():
+            task = bare(settings.task or self.recipe.task)
+            asked = self._draw(task, settings.split, settings.problems, None, f"evaluation {name!r}")
             for split in used:
-                check_disjoint(self._problems(recipe.task, split), held_out)
+                check_disjoint(self._problems(bare(self.recipe.task), split), asked)
 
     def _ref(self, model: ModelConfig) -> ModelRef:
         found = fingerprint(model.source, offline=self.offline)

@@ -97,6 +97,12 @@ def load(name: str, spec: Mapping[str, Any]) -> SplitTask:
     return SplitTask(name, GRADERS[benchmark.style], splits, bare.counts)
 
 
+def bare(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The task without the settings of its prompt, where equal questions of two benchmarks are equal problems."""
+    of_prompt = {"prompt", "shots", "template", "system"} if spec.get("name") in benchmarks() else set()
+    return {key: value for key, value in spec.items() if key not in of_prompt}
+
+
 def provenance(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What a number must name: the benchmark's sources with version and checksum or revision; {} for other tasks."""
     name = str(spec.get("name"))

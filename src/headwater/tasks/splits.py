@@ -81,5 +81,5 @@ def check_disjoint(train: Sequence[Problem], test: Sequence[Problem]) -> None:
         example = next(iter(shared.values()))
         raise ValueError(
             f"{len(shared)} of {len(train)} training prompts are also test prompts, for example {example.id} "
-            f"({example.messages[-1].content[:80]!r}); remove them from one side"
+            f"({example.messages[-1].content[:80]!r}); remove them from one side, or set pool.exclude_overlap"
         )
