@@ -89,3 +89,11 @@ def test_the_command_lists_disagreements(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["audit-grader", str(tmp_path), "--task", "none"]).exit_code == 2
     own = CliRunner().invoke(app, ["audit-grader", str(tmp_path), "--against", "headwater.grading.maths:grade_maths"])
     assert "agreement 100.00%" in own.output
+
+
+def test_the_directory_of_an_evaluation_alone(tmp_path: Path) -> None:
+    for name, golds in (("gsm8k", "56"), ("svamp", "7")):
+        (tmp_path / f"samples_{name}.jsonl").write_text("".join(json.dumps(row(g, g)) + "\n" for g in golds))
+    found = {name: {"avg@k": 1.0, "per_problem": {"p": 1.0}} for name in ("gsm8k", "svamp")}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert len(read_samples(tmp_path)) == 3 and len(read_samples(tmp_path, "gsm8k")) == 2

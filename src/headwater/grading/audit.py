@@ -63,15 +63,15 @@ def audit(samples: Sequence[Sample], grade: Grade) -> tuple[Agreement, list[tupl
 
 
 def read_samples(path: Path, task: str | None = None) -> list[Sample]:
-    """The samples of one file of evaluation records, or of every evaluation of a run directory.
+    """The samples of one file of evaluation records, or of every evaluation of a run directory or of `eval --out`.
 
     `task` keeps the evaluations of one name, as the directory's results.json has it. Raises ValueError when there is
     no record with a gold answer.
     """
-    files = [path] if path.is_file() else sorted(path.rglob("samples.jsonl"))
+    files = [path] if path.is_file() else sorted({*path.rglob("samples.jsonl"), *path.rglob("samples_*.jsonl")})
     if task is not None:
         kept = set(_nodes_of(json.loads((path / "results.json").read_text("utf-8")), task)) if path.is_dir() else set()
-        files = [file for file in files if file.parent.name in kept]
+        files = [file for file in files if file.parent.name in kept or file.name == f"samples_{task}.jsonl"]
     samples = [sample for file in files for sample in _samples(file)]
     if not samples:
         of = f" of the task {task!r}" if task else ""
@@ -83,7 +83,7 @@ def _nodes_of(results: object, task: str) -> Iterator[str]:
     """Keys of the nodes that evaluated a task, from anywhere in a results.json."""
     if isinstance(results, dict):
         for name, value in results.items():
-            if name == task and isinstance(value, dict) and "per_problem" in value:
+            if name == task and isinstance(value, dict) and isinstance(value.get("per_problem"), str):
                 yield PurePosixPath(value["per_problem"]).stem
             else:
                 yield from _nodes_of(value, task)
