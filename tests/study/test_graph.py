@@ -1,6 +1,7 @@
 """Arms to nodes: keys, sharing, label pools, and everything refused before a model is loaded."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
