@@ -94,6 +94,7 @@ def test_the_adapter_on_the_base_is_the_merged_model(ran: Path):
     torch.testing.assert_close(adapted(input_ids=ids).logits, want, rtol=0, atol=1e-4)
     assert (want - before).abs().max() > 0.1
     settings = json.loads((to / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(ran / "student")
     assert settings["r"] == 12 and settings["lora_alpha"] == 6 and len(settings["target_modules"]) == 7
     card = (to / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft") and f'PeftModel.from_pretrained(base, "{to.name}")' in card

@@ -81,7 +81,10 @@ def export_model(
     shutil.rmtree(aside, ignore_errors=True)
     model = load_model(found.config.model_copy(update={"dtype": dtype}), store.model(found.keys[-1]))
     if adapter:
-        name = found.config.source.removeprefix("hf:").partition("@")[0]
+        source = found.config.source
+        name = (
+            source.removeprefix("hf:").partition("@")[0] if source.startswith("hf:") else source.removeprefix("file:")
+        )
         join_adapters([store.path(key) / "adapter" for key in specs], aside, name, getattr(torch, dtype))
         _generation(model, found.recipe).save_pretrained(aside)
     else:
