@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwater import checkpoint
 from headwater.config import Execution, Optimizer
+from headwater.flops import Shape
 from headwater.run import StageRun, lease, save_model
 from headwater.types import Rollout
 from headwater.update import AdamW
@@ -137,7 +138,7 @@ def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_rows_before_it(tmp_
     assert run.restore(optimizer) == 0
     rollout = Rollout("p", 0, [1], [2], [0.0], "text", True, 0)
     for step in range(5):
-        run.meter.add("trained", 10, 1)
+        run.meter.add("trained", Shape(1, 1, 1, 1, 1, 0, 3), [(4, 6)])
         run.ledger.reveal(step, [f"p{step}"])
         with torch.no_grad():
             optimizer.masters["model.norm.weight"].fill_(step)

@@ -208,9 +208,13 @@ def method_of(job: str) -> str:
         return "beginning"
 
 
+MEASURED = ("seconds", "device_seconds", "tokens/s", "mfu", "peak_memory", "lost", "wasted", "plan")
+"""What the clock, the memory and the kills themselves decide."""
+
+
 def without_seconds(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_seconds(v) for k, v in value.items() if k not in ("seconds", "tokens/s")}
+        return {k: without_seconds(v) for k, v in value.items() if k not in MEASURED}
     return [without_seconds(v) for v in value] if isinstance(value, list) else value
 
 

@@ -71,7 +71,8 @@ def test_a_failing_grader_costs_its_own_item_only(toys: GraderPool, text: str, r
 def test_a_timeout_costs_its_own_item_only(toys: GraderPool, text: str) -> None:
     start = time.monotonic()
     verdicts = grade_texts(toys, "ok", text, *["ok"] * 60)
-    assert time.monotonic() - start < 5
+    # On a busy machine a loop has its 1.5 s of a processor first, at most ten times as long by the clock.
+    assert time.monotonic() - start < 20
     assert verdicts[1] == lost("timeout")
     assert sum(v.correct for v in verdicts) == 61
 
@@ -238,11 +239,14 @@ def test_two_thousand_verdicts_take_less_than_a_second_or_so() -> None:
 
 def test_a_busy_machine_does_not_turn_work_into_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     true_clock = pool_module._processor_seconds
+    patience = pool_module._PATIENCE
     with GraderPool(f"{TOYS}:grade", workers=1, timeout_s=0.3) as pool:
         items = [(Problem(()), "work a second")]
         assert pool.grade(items)[0].reason == "timeout"
         monkeypatch.setattr(pool_module, "_processor_seconds", lambda pid: true_clock(pid) / 6)
+        monkeypatch.setattr(pool_module, "_PATIENCE", 200)
         assert pool.grade(items)[0].correct
+        monkeypatch.setattr(pool_module, "_PATIENCE", patience)
         # Whoever sleeps is not kept from working, and patience has an end.
         started = time.monotonic()
         assert pool.grade([(Problem(()), "sleep")])[0].reason == "timeout"
