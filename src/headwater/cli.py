@@ -381,9 +381,16 @@ def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict
         return
     try:
         with Progress(console, recipe) as progress:
-            hooks = {"on_event": progress.on_event, "on_plan": progress.on_plan}
-            warn = {"on_warning": lambda w: print_findings(console, [w])}
-            found = run_study(recipe, where, kept, **hooks, **warn, strict=strict, calibrated=True)
+            found = run_study(
+                recipe,
+                where,
+                kept,
+                on_event=progress.on_event,
+                on_plan=progress.on_plan,
+                on_warning=lambda warning: print_findings(console, [warning]),
+                strict=strict,
+                calibrated=True,
+            )
         print_results(console, recipe, found, where)
     finally:
         if (where / "results.json").exists():  # a run that failed has a report too

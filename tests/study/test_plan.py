@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import miniature
 import pytest
@@ -154,7 +155,8 @@ def test_without_a_calibration_nothing_is_timed(planned: tuple[Recipe, Graph], t
 
 def test_a_calibration_trains_a_model_as_its_stages_do(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights that stay frozen in the study are not given an optimizer, which there may be no room for."""
-    raw = load_recipe(mini, ["stages.student_rl.lora={rank = 2}"]).model_dump(exclude_unset=True) | {"comparisons": []}
+    lent = load_recipe(mini, ["stages.student_rl.lora={rank = 2}"])
+    raw: dict[str, Any] = lent.model_dump(exclude_unset=True) | {"comparisons": []}
     raw["arms"] = {"raw": {"teacher": "raw", "bridge": "opd", "finish": "full"}}
     raw["stages"] = {name: raw["stages"][name] | {"lora": {"rank": 2}} for name in ("distill", "student_rl")}
     recipe = Recipe.model_validate(raw)
