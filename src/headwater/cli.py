@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -381,16 +381,9 @@ def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict
         return
     try:
         with Progress(console, recipe) as progress:
-            found = run_study(
-                recipe,
-                where,
-                kept,
-                on_event=progress.on_event,
-                on_plan=progress.on_plan,
-                on_warning=lambda warning: print_findings(console, [warning]),
-                strict=strict,
-                calibrated=True,
-            )
+            hooks: dict[str, Any] = {"on_event": progress.on_event, "on_plan": progress.on_plan}
+            hooks["on_warning"] = lambda warning: print_findings(console, [warning])
+            found = run_study(recipe, where, kept, **hooks, strict=strict, calibrated=True)
         print_results(console, recipe, found, where)
     finally:
         if (where / "results.json").exists():  # a run that failed has a report too
