@@ -277,6 +277,54 @@ def random_weights_uploaded(directory: Path) -> None:
     edit_weights(directory, draw)
 
 
+# Weaker ones.
+
+
+def activation_approximated(directory: Path) -> None:
+    edit_config(directory, hidden_act="gelu_pytorch_tanh")
+
+
+def epsilon_rounded_up(directory: Path) -> None:
+    edit_config(directory, rms_norm_eps=1e-2)
+
+
+def two_digits_swapped(directory: Path) -> None:
+    """One pair of ids changed places: a merge of two vocabularies."""
+
+    def swap(t: Any) -> None:
+        vocab = t["model"]["vocab"]
+        vocab["3"], vocab["7"] = vocab["7"], vocab["3"]
+
+    edit_tokenizer(directory, swap)
+
+
+def quantised_to_four_bits(directory: Path) -> None:
+    def rounded(weights: Weights) -> None:
+        for name in [n for n in weights if n.endswith("proj.weight")]:
+            scale = weights[name].abs().amax(1, keepdim=True) / 7
+            weights[name] = (weights[name] / scale).round() * scale
+
+    edit_weights(directory, rounded)
+
+
+def one_norm_left_new(directory: Path) -> None:
+    """A renamed vector was not found by a converter and got its initial value."""
+    edit_weights(directory, lambda w: w["model.layers.1.post_attention_layernorm.weight"].fill_(1.0))
+
+
+def adapter_merged_too_weakly_scaled(directory: Path) -> None:
+    """As adapter_merged_with_wrong_scale, at a tenth of the norm."""
+
+    def merge(weights: Weights) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name in [n for n in weights if n.endswith(("q_proj.weight", "v_proj.weight"))]:
+            rows, columns = weights[name].shape
+            update = torch.randn(rows, 4, generator=generator) @ torch.randn(4, columns, generator=generator)
+            weights[name] += update * (0.1 * weights[name].norm() / update.norm())
+
+    edit_weights(directory, merge)
+
+
 # Data.
 
 
@@ -321,6 +369,31 @@ def questions_templated_twice(directory: Path) -> None:
     )
 
 
+def some_answers_shifted(directory: Path) -> None:
+    """A tenth of the rows: one part of several was joined wrongly."""
+
+    def shift(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        part = len(rows) // 10
+        return [{**r, "answer": rows[(i + 1) % part]["answer"]} if i < part else r for i, r in enumerate(rows)]
+
+    edit_rows(directory, shift)
+
+
+def questions_twice_with_other_answers(directory: Path) -> None:
+    """Two annotators: a fifth of the questions are there again, before their right row, with another answer."""
+
+    def again(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        wrong = [{**row, "answer": str((int(row["answer"]) + 1) % 20)} for row in rows[: len(rows) // 5]]
+        return wrong + rows
+
+    edit_rows(directory, again)
+
+
+def operators_typeset(directory: Path) -> None:
+    """A word processor's characters for those that the models know."""
+    edit_rows(directory, lambda rows: [{**r, "question": r["question"].replace("*", "\u00d7")} for r in rows])
+
+
 PAIR = ("teacher", "student")
 MODEL_PLANTS: list[tuple[Plant, tuple[str, ...]]] = [
     (prefix_space_added, ("student",)),
@@ -353,6 +426,13 @@ MODEL_PLANTS: list[tuple[Plant, tuple[str, ...]]] = [
     (norms_stored_less_one, ("student",)),
     (square_weights_transposed, ("student",)),
     (random_weights_uploaded, ("teacher",)),
+    (activation_approximated, PAIR),
+    (epsilon_rounded_up, PAIR),
+    (two_digits_swapped, PAIR),
+    (quantised_to_four_bits, ("teacher",)),
+    (one_norm_left_new, ("student",)),
+    (adapter_merged_too_weakly_scaled, ("student",)),
+    (rope_theta_changed, PAIR),
 ]
 DATA_PLANTS: list[Plant] = [
     answers_shifted,
@@ -362,4 +442,7 @@ DATA_PLANTS: list[Plant] = [
     answers_filled_with_zero,
     answers_not_numbers,
     questions_templated_twice,
+    some_answers_shifted,
+    questions_twice_with_other_answers,
+    operators_typeset,
 ]
