@@ -85,7 +85,7 @@ def test_repeated_prompts_and_test_prompts_are_taken_out_and_counted(tmp_path: P
     train = write(tmp_path / "a.jsonl", [*sums(range(50)), *sums(range(40, 60))])
     test = write(tmp_path / "b.jsonl", [*sums(range(55, 80)), *sums(range(79, 80))])
     task = load(train, test_source=test)
-    assert task.counts == {"rows": 96, "unmatched": 0, "duplicates": 11, "in_test": 5}
+    assert task.counts == {"rows": 96, "unmatched": 0, "duplicates": 11, "contradictions": 0, "in_test": 5}
     assert prompts(task, "test") == {f"{n}+{n}" for n in range(55, 80)}
     assert len(task.problems("train")) + len(task.problems("tuning")) == 55
     for split in ("train", "tuning"):
@@ -121,7 +121,7 @@ def test_answer_patterns_filters_and_joined_columns(tmp_path: Path) -> None:
     rows += [{"q": "Who?", "r": "", "a": "Mary", "kind": 0}]
     source = write(tmp_path / "a.jsonl", rows)
     task = load(source, prompt_column=["q", "r"], answer_pattern=r"^\d+", where={"kind": 0}, fractions={"train": 1.0})
-    assert task.counts == {"rows": 11, "unmatched": 1, "duplicates": 0, "in_test": 0}
+    assert task.counts == {"rows": 11, "unmatched": 1, "duplicates": 0, "contradictions": 0, "in_test": 0}
     assert {(p.messages[0].content, p.answer) for p in task.problems("train")} == {
         (f"Body. Q{n}?", str(n)) for n in range(0, 20, 2)
     }

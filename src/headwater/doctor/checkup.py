@@ -136,7 +136,7 @@ def examine(recipe: Recipe, store: Store, *, problems: int = 16, rewards: bool =
             loaded = weights.load(patient, recipe.execution)
             seen = list(weights.check_weights(patient, loaded, texts))
             yield from seen
-            if all(f.level == "ok" for f in seen):
+            if all(f.level != "error" for f in seen):
                 models[role] = wrap(loaded.module, patient.tokenizer, patient.config)
 
         findings += guarded(f"{role}: weights", check)

@@ -28,42 +28,69 @@ _ENOUGH = 12
 
 def check_data(train: Sequence[Problem], test: Sequence[Problem], counts: Mapping[str, int]) -> Iterator[Finding]:
     """What the rows of a pool's split and of the evaluations must fulfil; `counts` is the task's own."""
-    rows = [*train, *test]
-    yield _answers([p for p in rows if p.answer is not None], sum(p.answer is None for p in rows))
+    yield _answers(train, test)
     shared = {_masked(p) for p in train} & {_masked(p) for p in test}
     repeats = len(train) - len({_masked(p) for p in train})
     total = counts.get("rows", len(train) + len(test))
-    unread, twice, tested = (counts.get(name, 0) for name in ("unmatched", "duplicates", "in_test"))
+    names = ("unmatched", "duplicates", "in_test", "contradictions")
+    unread, twice, tested, other = (counts.get(name, 0) for name in names)
     bad = shared or tested or unread > 0.05 * total or twice > 0.25 * total or repeats > 0.05 * len(train)
+    bad = bad or other > 0.01 * total
     yield judge(
         "rows",
         "warning" if bad else "ok",
         f"{len(train)} training and {len(test)} evaluation problems; but for case and spaces {len(shared)} are in both "
-        f"and {repeats} repeat one; of {total} rows {unread} had no answer that matches, {twice} repeated one, "
-        f"{tested} were also in the test file",
+        f"and {repeats} repeat one; of {total} rows {unread} had no answer that matches, {twice} repeated one "
+        f"({other} with another answer), {tested} were also in the test file",
         "a score on problems that were trained on measures memory; rows that vanish are rarely the ones meant",
         "look at these rows in the files; take evaluation rows out of the training file",
     )
     yield from (fault for part in (train, test) if (fault := _strays(part)))
+    yield from _characters(train, test)
+
+
+def _characters(train: Sequence[Problem], test: Sequence[Problem]) -> Iterator[Finding]:
+    """Characters of most prompts of one split that the other never has: typeset or garbled text."""
+    used = [[set("".join(m.content for m in p.messages)) for p in part] for part in (train, test)]
+    if min(map(len, used)) < _ENOUGH:
+        return
+    often, ever = [Counter(c for row in part for c in row) for part in used], [set().union(*part) for part in used]
+    strange = [c for i in (0, 1) for c in often[i].keys() - ever[1 - i] if often[i][c] > 0.5 * len(used[i])]
+    if strange:
+        seen = (
+            f"{sorted(strange)} are in most prompts of the training or the evaluation problems and in none of the other"
+        )
+        why = "a model trained on one way of writing is evaluated on another"
+        yield Finding("warning", "same characters", seen, why, "look for typeset or garbled text, or another encoding")
 
 
 def _masked(problem: Problem) -> str:
     return " ".join(" ".join(m.content for m in problem.messages).lower().split())
 
 
-def _answers(labelled: Sequence[Problem], missing: int) -> Finding:
+def _answers(train: Sequence[Problem], test: Sequence[Problem]) -> Finding:
+    labelled = [p for p in (*train, *test) if p.answer is not None]
+    missing = len(train) + len(test) - len(labelled)
     answers = [(p.answer or "").strip() for p in labelled]
     empty = sum(not a or a.lower() in ("none", "nan", "null", "n/a") for a in answers)
-    most = Counter(answers).most_common(1)[0] if answers else ("", 0)
+    parts = [[(p.answer or "").strip() for p in part if p.answer is not None] for part in (train, test)]
+    tops = [(*Counter(part).most_common(1)[0], len(part)) for part in parts if len(part) >= _ENOUGH]
+    most = max(tops, key=lambda top: top[1] / top[2], default=("", 0, len(answers)))
     plain = [bool(re.fullmatch(r"[-+$]?[\d,]*\.?\d+(/\d+)?%?", a)) for a in answers]
     dressed = [a for a, number in zip(answers, plain, strict=True) if not number and parse_number(a) is not None]
     dressed = dressed if sum(plain) >= 0.5 * len(plain) else []
-    same = len(answers) >= _ENOUGH and most[1] > 0.9 * len(answers)
-    copied = sum(len(a) > 2 and _masked(p).endswith(a.lower()) for p, a in zip(labelled, answers, strict=True))
+    same = most[1] > 0.9 * most[2]
+    ends = [_masked(p).rstrip(" .)}$") for p in labelled]
+    # A short answer may end a prompt by chance, and then another row's does as often.
+    copied, chance = (
+        sum(bool(a) and end.endswith(a.lower()) for end, a in zip(ends, other, strict=True))
+        for other in (answers, answers[1:] + answers[:1])
+    )
+    leaked = copied > max(0.5 * len(answers), 2 * chance)
     return judge(
         "answers",
-        "error" if empty or copied > 0.5 * len(answers) else "warning" if missing or same or dressed else "ok",
-        f"{missing} missing, {empty} empty, the most frequent {most[0][:40]!r} is {most[1]} of {len(answers)}, "
+        "error" if empty or leaked else "warning" if missing or same or dressed else "ok",
+        f"{missing} missing, {empty} empty, the most frequent {most[0][:40]!r} is {most[1]} of {most[2]}, "
         f"{copied} end their own prompt, {len(dressed)} numbers carry words or units"
         + (f" ({dressed[0][:40]!r})" if dressed else ""),
         "the reward compares with these: what no completion can match, or every one does, teaches nothing",

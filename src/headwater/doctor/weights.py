@@ -84,6 +84,25 @@ def check_weights(patient: Patient, loaded: Loaded, texts: Sequence[str]) -> Ite
         "a damaged model trains, but what it reaches says nothing",
         "download or convert it again",
     )
+    coarse = [name for name, p in module.named_parameters() if _few_levels(p)]
+    settings = module.config.get_text_config().to_dict()
+    drops = {k: v for k, v in settings.items() if re.search("dropout|pdrop", k) and isinstance(v, float) and v > 0}
+    yield judge(
+        f"{role}: precision and dropout",
+        "warning" if coarse or drops else "ok",
+        f"{len(coarse)} matrices have 16 levels or fewer in every 32 neighbours {coarse[:2]}; dropout {drops}",
+        "rounded weights were written back as if they were exact; dropout acts in training with checkpointed "
+        "activations or dropout of adapters, and not in sampling: the two are then different policies",
+        "take the release that was not quantised; set dropout in config.json to 0",
+    )
+
+
+def _few_levels(weight: Tensor) -> bool:
+    """Whether a matrix was rounded to 4 bits or fewer, in groups along its rows."""
+    if weight.ndim != 2 or weight.shape[1] < 32 or not weight.is_floating_point():
+        return False
+    blocks = weight[:64, : weight.shape[1] // 32 * 32].float().reshape(-1, 32).sort(dim=1).values
+    return bool(((blocks.diff(dim=1) != 0).sum(1) < 16).all())
 
 
 def _strange(moments: dict[str, tuple[tuple[int, ...], float, float]]) -> list[str]:
@@ -100,6 +119,9 @@ def _strange(moments: dict[str, tuple[tuple[int, ...], float, float]]) -> list[s
     for family in (f for f in siblings.values() if len(f) > 1):
         sizes = sorted(size for _, _, size in family)
         middle, seen = sizes[len(sizes) // 2], {}
+        # Exactly constant, as a vector begins and no trained one is.
+        new = [name for name, mean, size in family if len(moments[name][0]) == 1 and size - abs(mean) <= 1e-12 * size]
+        out += [f"{name} is constant, its siblings are not" for name in new if 2 * len(new) < len(family)]
         for name, mean, size in family:
             # Norms and biases vary more from layer to layer than matrices do.
             factor = 8.0 if len(moments[name][0]) > 1 else 100.0

@@ -50,7 +50,7 @@ def load(kind: str, spec: Row) -> SplitTask:
     title = str(spec.get("title", kind))
     check_keys(title, spec, _KEYS, {"source", "prompt_column"})
     _check(title, spec)
-    counts = {"rows": 0, "unmatched": 0, "duplicates": 0, "in_test": 0}
+    counts = {"rows": 0, "unmatched": 0, "duplicates": 0, "contradictions": 0, "in_test": 0}
     labelled = _read(kind, spec["source"], spec, counts)
     tested = _read(kind, spec["test_source"], spec, counts) if "test_source" in spec else []
     more = _read(kind, spec["unlabelled_source"], {**spec, "answer_column": None}, counts) if _more(spec) else []
@@ -107,6 +107,8 @@ def _divide(
             split = split_of(problem, fractions) if problem.answer is not None else "unlabelled"
             splits[split or "unlabelled"] += [problem] if split else []
     counts["duplicates"] = repeats + more_repeats
+    answers = {(problem.id, problem.answer) for problem in [*tested, *labelled] if problem.answer is not None}
+    counts["contradictions"] = len(answers) - len({name for name, _ in answers})
     counts["in_test"] = sum(problem.id in in_test for problem in rest)
     return splits
 
