@@ -37,7 +37,7 @@ def edit_config(directory: Path, **values: object) -> None:
     edit_json(directory / "config.json", lambda config: config.update(values))
 
 
-def edit_weights(directory: Path, change: Callable[[Weights], None]) -> None:
+def edit_weights(directory: Path, change: Callable[[Weights], object]) -> None:
     path = directory / "model.safetensors"
     weights = load_file(path)
     change(weights)
@@ -469,17 +469,23 @@ UNSEEN: list[tuple[Plant, tuple[str, ...], str]] = [
 """Missed, and why."""
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copies of the world's models, and rows of nothing but question and answer."""
+    path = tmp_path_factory.mktemp("healthy")
 
     def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{"question": row["question"], "answer": row["answer"]} for row in rows]
 
     for role in PAIR:
-        shutil.copytree(WORLD / role, tmp_path / role)
-    write_rows(tmp_path, train=bare, test=bare)
-    return tmp_path
+        shutil.copytree(WORLD / role, path / role)
+    write_rows(path, train=bare, test=bare)
+    return path
+
+
+@pytest.fixture
+def root(healthy: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(healthy, tmp_path, dirs_exist_ok=True)
 
 
 def damaged(root: Path, plant: Plant, where: tuple[str, ...]) -> Path:
