@@ -37,6 +37,7 @@ ORDER = [
     "update",
     "checkpoint",
     "store",
+    "trackers",
     "run",
     "evals",
     "monitors",

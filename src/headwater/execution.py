@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from headwater.methods import Frozen
@@ -23,6 +25,10 @@ class Execution(Frozen):
     """Tokens whose logits exist at once."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of one device, in any currency: bills and plans get a price."""
+    trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
+    """Mirrors of every stage's metrics.jsonl (extra `trackers`), never the source of truth: one run a stage."""
+    project: str = ""
+    """Under which they are filed; unset = the recipe's name."""
     save_every: int = Field(default=20, ge=1)
     log_every: int = Field(default=1, ge=1)
     """Steps between rows of metrics; the last step always has one."""

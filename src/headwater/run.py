@@ -24,6 +24,7 @@ from headwater.mesh import Mesh
 from headwater.meter import Bill, Meter, difference
 from headwater.models.language_model import LanguageModel
 from headwater.models.lora import merged, save_adapter
+from headwater.trackers import Mirror
 from headwater.types import Rollout, Verdict
 from headwater.update import AdamW, NonFiniteError
 
@@ -50,6 +51,7 @@ class StageRun:
         on_log: OnLog | None = None,
         evaluate: Callable[[int], dict[str, float]] | None = None,
         monitor: Callable[[], dict[str, float]] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.directory = directory
         self.execution = execution or Execution()
@@ -60,6 +62,7 @@ class StageRun:
         self._on_log = on_log
         self._evaluate = evaluate
         self._monitor = monitor
+        self._mirror = mirror
         self.gate: dict[str, Any] | None = None
         self._seen = (time.monotonic(), 0)
 
@@ -102,6 +105,8 @@ class StageRun:
         if (step + 1) % self.execution.log_every == 0 or step + 1 == steps:
             row = {"step": step, "time": time.time(), **metrics, "ledger/labels": self.ledger.labels(step)}
             self._append("metrics.jsonl", [row])
+            if self._mirror is not None:
+                self._mirror.log(row)
         self._append("meter.jsonl", [{"step": step, "time": time.time(), "meter": self.meter.state()}])
         now, tokens = time.monotonic(), self.meter.tokens
         rate = (tokens - self._seen[1]) / max(1e-9, now - self._seen[0])

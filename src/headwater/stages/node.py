@@ -38,6 +38,7 @@ from headwater.stages import distill, grpo, joint, sft, warmup
 from headwater.store import Store
 from headwater.tasks import load_task
 from headwater.tasks.pool import draw_pool, part_of, pool_digest
+from headwater.trackers import Mirror
 from headwater.types import Problem
 from headwater.update import AdamW
 
@@ -256,6 +257,8 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
     graders = [_grader(node.grader, execution)] if node.grader else []
     monitor_pool = [_grader(job.monitor.grader, execution)] if job.monitor and execution.eval_every else []
     mesh = join(execution.device)
+    title = f"{node.label}-seed{node.seed}-{spec.key(node)[:8]}"
+    mirror = Mirror(execution.trackers, execution.project, title, directory) if mesh.is_writer else None
     run = StageRun(
         directory,
         execution=execution,
@@ -263,6 +266,7 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
         on_log=on_log,
         evaluate=_monitor(job.monitor, policy, monitor_pool[0]) if job.monitor and monitor_pool else None,
         monitor=_closeness(job, policy, teacher, mesh),
+        mirror=mirror,
     )
     try:
         # A side of a split that has no labels takes no step.
@@ -272,8 +276,8 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
             else AdamW(policy, node.settings.optimizer)
         )
     finally:
-        for pool in graders + monitor_pool:
-            pool.close()
+        for opened in [*graders, *monitor_pool, *([mirror] if mirror else [])]:
+            opened.close()
     save_model(policy, optimizer, store.model(spec.key(node)))
     labels = {"revealed": run.ledger.revealed, "distinct": len(run.ledger.problems)}
     gate = {"gate": run.gate} if run.gate else {}

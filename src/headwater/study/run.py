@@ -27,6 +27,7 @@ from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
 from headwater.study.outlook import outlook
 from headwater.study.results import results
+from headwater.trackers import check_installed as check_trackers
 
 OnWarning = Callable[[Finding], None]
 COPIED = (
@@ -78,6 +79,7 @@ def run(
         claim(recipe, out)
         if not all(map(store.is_done, graph.nodes)):
             check_device(recipe.execution.device)
+            check_trackers(recipe.execution.trackers)
             check_up(recipe, on_warning)
             check_adapters(graph)
         jobs = to_jobs(recipe, graph)
@@ -210,6 +212,7 @@ def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
     execution = recipe.execution
     if execution.threads is None and execution.executor != "inline":
         execution = execution.model_copy(update={"threads": 1})
+    execution = execution.model_copy(update={"project": execution.project or recipe.name})
     monitored = bool(execution.eval_every or execution.monitor_problems)
     return {
         key: Job(node, execution, graph.monitors[node.seed] if monitored and isinstance(node, StageSpec) else None)
