@@ -502,6 +502,7 @@ def named(cases: list[tuple[Plant, tuple[str, ...], str]]) -> list[Any]:
     return [pytest.param(*case, id=f"{case[0].__name__}-{'-'.join(case[1])}-{case[2]}") for case in cases]
 
 
+@pytest.mark.slow  # test_doctor_faults.py has a quick one, with worked solutions
 def test_undamaged_copies_are_clean(root: Path):
     assert all_checks(root) == {}
 
@@ -517,6 +518,7 @@ def test_faults_seen_without_weights(root: Path, plant: Plant, where: tuple[str,
     assert any(check in name for name in found), found
 
 
+@pytest.mark.slow  # ten seconds of loading together
 @pytest.mark.parametrize(("plant", "where", "check"), named(LOADED))
 def test_faults_seen_in_weights(root: Path, plant: Plant, where: tuple[str, ...], check: str):
     found = all_checks(damaged(root, plant, where))
