@@ -314,6 +314,7 @@ def two_digit_teacher(
 
 
 @pytest.mark.parametrize("kind", [Distill, Warmup])
+@pytest.mark.slow  # A minute and a half.
 def test_a_student_learns_from_a_teacher_with_other_tokens(
     kind: Any, load_world: Any, two_digit_teacher: LanguageModel, tmp_path: Path
 ):

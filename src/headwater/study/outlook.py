@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from headwater import plan
-from headwater.config import GRPO, Distill, Execution, Recipe, TeacherRollouts
+from headwater.config import GRPO, Distill, Execution, Recipe, TeacherRollouts, canonical
 from headwater.device import memory_of
 from headwater.flops import Number, Shape, shape_of
 from headwater.meter import total
 from headwater.plan import GROWTH, LEVELS, Device, Item, Writer
-from headwater.spec import EvaluationSpec, ModelRef, Node, Problems, StageSpec
-from headwater.stages.node import model_directory, select
+from headwater.spec import EvaluationSpec, ModelRef, Node, StageSpec
+from headwater.stages.node import model_directory
 from headwater.store import Store
 from headwater.study.calibrate import Calibration, model_key
 from headwater.study.graph import Graph
+from headwater.tasks import load_task
 
 UNSEEN = {"low": 0.5, "mid": 0.71, "high": 1.0}
 """Shares of `max_new_tokens` that a completion takes where no model was asked."""
@@ -187,19 +188,19 @@ def _lengths(
 ) -> tuple[Number, Number, Number]:
     """Mean tokens of prompts and completions, and of the longest completion."""
     if writer is None:
-        return _guessed_prompt(node.problems.model_dump_json()), limit * UNSEEN[level], limit
+        return _guessed_prompt(canonical(node.problems.task), node.problems.split), limit * UNSEEN[level], limit
     factor = GROWTH[level] if grown else {"low": 1 - SURE, "mid": 1.0, "high": 1 + SURE}[level]
     return writer.prompt, writer.completion(limit, factor), min(limit, factor * max(writer.lengths))
 
 
-@functools.lru_cache(maxsize=1024)
-def _guessed_prompt(problems: str) -> Number:
-    """Tokens of prompts that no tokenizer has seen, at four characters each."""
+@functools.lru_cache(maxsize=64)
+def _guessed_prompt(task: str, split: str) -> Number:
+    """Tokens of prompts that no tokenizer has seen, at four characters each: the mean of the whole split."""
     try:
-        chosen = select(Problems.model_validate_json(problems))
+        problems = load_task(json.loads(task)).problems(split)
     except (ValueError, OSError):  # planned offline, on data out of reach
         return 0.0
-    return sum(len(m.content) for p in chosen for m in p.messages) / 4 / max(1, len(chosen))
+    return sum(len(m.content) for p in problems for m in p.messages) / 4 / max(1, len(problems))
 
 
 def against(planned: dict[str, Any], graph: Graph, store: Store) -> dict[str, Any]:
