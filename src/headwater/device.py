@@ -54,7 +54,7 @@ def _status(name: str) -> int:
 def name_of(device: str, threads: int) -> str:
     """`NVIDIA H100 80GB HBM3`, or the CPU with the number of threads."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else device
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
