@@ -29,7 +29,7 @@ class TokenText:
     def ids(self, text: str) -> list[int]:
         """The tokenizer's own tokens of a text; what looks like a special token in it is text."""
         # Not for batches, whose type this is.
-        return list(self.model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])  # pyright: ignore
+        return list(self.model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])  # pyright: ignore -- one text
 
     def read(self, ids: Sequence[int]) -> list[bytes]:
         """The leading tokens of a completion that spell valid UTF-8 and are not special, as bytes."""
