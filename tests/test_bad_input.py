@@ -234,7 +234,14 @@ def test_a_full_disk_stops_with_advice_and_loses_nothing(
 
 
 def test_a_run_that_blows_up_is_a_failure_and_not_bad_input(recipe: Path, tmp_path: Path):
-    """Weights that are not finite: exit code 1, and the traceback is in a file."""
+    """Weights that training made infinite: exit code 1, and the traceback is in a file."""
+    done = run(recipe, tmp_path, "stages.student_rl.optimizer.lr=1e38")
+    refused(done, "see error.txt of its node", code=1)
+    notes = list((tmp_path / "store" / "nodes").glob("*/error.txt"))
+    assert notes and all("Traceback" in path.read_text() for path in notes)
+
+
+def test_weights_that_are_not_finite(recipe: Path, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
     student = tmp_path / "student"
@@ -244,10 +251,7 @@ def test_a_run_that_blows_up_is_a_failure_and_not_bad_input(recipe: Path, tmp_pa
     tensors = load_file(student / "model.safetensors")
     tensors["model.norm.weight"][:] = float("nan")
     save_file(tensors, student / "model.safetensors", metadata={"format": "pt"})
-    done = run(recipe, tmp_path, f"models.student.source=file:{student}")
-    refused(done, "see error.txt of its node", code=1)
-    notes = list((tmp_path / "store" / "nodes").glob("*/error.txt"))
-    assert notes and all("Traceback" in path.read_text() for path in notes)
+    refused(run(recipe, tmp_path, f"models.student.source=file:{student}"), "logits are not finite", "doctor")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"spec": {"kind": "stage"}, "execution": {}, "monitor": null}'])

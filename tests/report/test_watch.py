@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.parse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import made_run
@@ -109,7 +110,10 @@ def test_the_stamp_is_of_the_run_not_of_its_report(tmp_path: Path):
 def test_ctrl_c_ends_the_command(tmp_path: Path):
     root = made_run.make(tmp_path)
     command = [sys.executable, "-c", "from headwater.cli import app; app()", "watch", str(root), "--no-browser"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A job that a shell put into the background ignores the signal, and so would its children.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
     assert process.stdout
     assert "at http://127.0.0.1:" in process.stdout.readline()
     process.send_signal(signal.SIGINT)

@@ -296,6 +296,11 @@ def end_ids(
 def _check_plain_head(model: LanguageModel) -> None:
     ids = torch.tensor([[model.eos_ids[0]] * 3], device=model.device)
     logits = model.module(input_ids=ids).logits[..., : model.vocab_size]
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            f"{model.config.source}: its logits are not finite, so its weights are damaged, or left by training that "
+            "blew up: `headwater doctor` says which weights"
+        )
     ours = model.hidden(ids) @ model.head.T
     if not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise ValueError(
