@@ -102,7 +102,7 @@ class Tuning(Frozen):
 class Probe(Frozen):
     """How a pair of models is looked at before labels are spent (`headwater probe`, `split = "auto"`)."""
 
-    problems: int = Field(default=64, ge=2)
+    problems: int = Field(default=128, ge=2)
     """Labelled problems of the pool whose answers are looked at: all of a smaller pool."""
     samples: int = Field(default=8, ge=2)
 

@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 
-from headwater.probe.rule import CARRY, PROMPT_HALF, REWARD_HALF, Measured, Situation, expected, feasible, judge
-
-WHOLE = 4 / 3
+from headwater.probe.rule import (
+    CARRY,
+    FOLLOWING,
+    PROMPT_HALF,
+    REWARD_HALF,
+    WHOLE,
+    Measured,
+    Situation,
+    expected,
+    feasible,
+    judge,
+)
 
 
 def constant(student: float, teacher_path: float, followed: float, student_path: float, count: int = 50) -> Measured:
@@ -34,6 +43,15 @@ def test_limits_and_scores_by_hand():
     losses = found["losses"]
     assert 1 - sum(losses.values()) == pytest.approx(found["shares"]["1"][0])
     assert (found["share"], found["regime"], found["chance"]["1"]) == (1.0, "upstream", 1.0)
+
+
+def test_the_less_a_student_follows_the_less_it_takes():
+    found = judge(constant(0.1, 0.8, 0.2, 0.4), Situation(64))["limits"]
+    teacher, followed, own = 0.8**WHOLE, 0.2**WHOLE, 0.4**WHOLE
+    carry = CARRY * (followed / own) ** FOLLOWING
+    assert found["bridge"][0] == pytest.approx(followed ** (1 - carry) * teacher**carry)
+    lost = judge(constant(0.1, 0.8, 0.2, 0.0), Situation(64))["limits"]  # nothing of its own to compare with
+    assert lost["bridge"][0] == pytest.approx(followed ** (1 - CARRY) * teacher**CARRY)
 
 
 def test_half_and_half_is_a_bridge_and_then_the_students_own_reward():

@@ -17,10 +17,15 @@ CUT = 0.25
 """Part of a rollout that is handed over before somebody else goes on with it."""
 REWARD_HALF = 4.0
 """Labels at which reward has done half of what it can do."""
-PROMPT_HALF = 24.0
+PROMPT_HALF = 8.0
 """Distinct prompts at which the dense stages have carried half of what they can carry."""
-CARRY = 0.65
-"""Part of the teacher's lead in log-accuracy, on its own way of working, that dense supervision gives to a student."""
+CARRY = 0.6
+"""Part of the teacher's lead in log-accuracy, on its own way of working, that dense supervision gives to a student who
+goes that way as well as its own."""
+FOLLOWING = 3.0
+"""Power of (accuracy the teacher's way / its own way) with which that part shrinks for a student who does not."""
+WHOLE = 1.1
+"""A rate from `CUT` of right rollouts on stands for its power on the whole: they were right so far."""
 MODEL_ERROR = 0.03
 """Standard deviation of what the rule leaves unexplained where it was fitted."""
 DRAWS = 2000
@@ -144,18 +149,18 @@ def _half(amount: int, half: float) -> float:
 
 def _limits(measured: Measured, rows: np.ndarray, trained: bool) -> dict[str, np.ndarray]:
     """Scores with labels and prompts without end, for each row of resampled problems."""
-    # Right beginnings were handed over: the rest went right at the rate of CUT to 1, the whole goes at a lower one.
-    whole = 1.0 / (1.0 - CUT)
     teacher, followed = (
-        _means(x, rows) ** (whole if trained else 1.0) for x in (measured.teacher_path, measured.followed)
+        _means(x, rows) ** (WHOLE if trained else 1.0) for x in (measured.teacher_path, measured.followed)
     )
+    own = _means(measured.student_path, rows) ** WHOLE
+    follows = np.minimum(1.0, np.divide(followed, own, out=np.ones_like(own), where=own > 0))
     # Below the teacher a student gains a part of the way in log-accuracy; above it, imitation takes it down.
-    carry = np.where(teacher > followed, CARRY, 1.0)
+    carry = np.where(teacher > followed, CARRY * follows**FOLLOWING, 1.0)
     return {
         "student": _means(measured.student, rows),
         "teacher": teacher,
         "followed": followed,
-        "own": _means(measured.student_path, rows) ** whole,
+        "own": own,
         "bridge": followed ** (1 - carry) * teacher**carry,
     }
 
