@@ -22,6 +22,7 @@ from headwater.mesh import Mesh
 from headwater.models.language_model import ATTENTION, LanguageModel
 from headwater.models.template import ends_in_stop, stop_length
 from headwater.rollouts import streams
+from headwater.rollouts.caches import RoomyLayer, Slots
 from headwater.types import Problem, Rollout
 
 
@@ -107,12 +108,15 @@ class TransformersSampler:
         width = ids.shape[1]
 
         cache = DynamicCache(config=model.module.config)
+        replayable = _replayable(model, cache)
+        if not replayable:
+            cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         hidden = _forward(model, ids, mask[:, :width], (mask[:, :width].cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(group)
         hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
         lengths = lengths.repeat_interleave(group)
         start = _Start(hidden, mask, lengths, cache, keys)
-        decode = _replay if _replayable(model, cache) else _step_by_step
+        decode = _replay if replayable else _step_by_step
         tokens, logprobs, count, work = decode(model, start, sampling)
         prompts = [prompt for prompt in prompts for _ in range(group)]
         return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist()), work
@@ -243,25 +247,6 @@ def _replayable(model: LanguageModel, cache: DynamicCache) -> bool:
     return model.device.type == "cuda" and plain and not hasattr(model.module, "hf_device_map")
 
 
-@dataclass(frozen=True)
-class _Slots:
-    """A cache whose tensors [rows, heads, slots, width] stay where they are: a token is written at slot `at` [1]."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    at: Tensor
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        return self.keys[layer].index_copy_(2, self.at, key), self.values[layer].index_copy_(2, self.at, value)
-
-    def resize(self, rows: Tensor, used: int, size: int) -> None:
-        """Keep these rows and the first `used` slots, then 0 up to `size`: masked or not, NaN would spread."""
-        for held in (self.keys, self.values):
-            for i, old in enumerate(held):
-                held[i] = old.new_zeros(len(rows), old.shape[1], size, old.shape[3])
-                held[i][:, :, :used] = old[rows, :, :used]
-
-
 def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Work]:
     """As `_step_by_step`, replaying a CUDA graph of a step: Python takes several times longer to launch its kernels.
 
@@ -273,7 +258,7 @@ def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Te
     eos = torch.tensor(model.eos_ids, device=device)
     tokens, logprobs = torch.zeros(rows, limit, dtype=torch.long), torch.zeros(rows, limit, dtype=torch.float32)
     filled: list[Any] = start.cache.layers  # Any: transformers types layers of other kinds too
-    slots = _Slots([x.keys for x in filled], [x.values for x in filled], mask.new_tensor([width]))
+    slots = Slots([x.keys for x in filled], [x.values for x in filled], mask.new_tensor([width]))
     filled.clear()  # else the prompts' keys and values would live as long as `start`
     token, logprob = _draw(model, start.hidden, _uniforms(start.keys, range(1), device)[0], sampling)
     tokens[:, 0], logprobs[:, 0] = token.cpu(), logprob.cpu()
@@ -319,7 +304,7 @@ def _segment(
     token: Tensor,
     bias: Tensor,
     positions: Tensor,
-    slots: _Slots,
+    slots: Slots,
     uniform: Tensor,
     eos: Tensor,
     sampling: Sampling,
@@ -378,9 +363,7 @@ def _pad_left(prompts: list[list[int]], extra: int, device: torch.device) -> tup
     return ids.to(device), mask.to(device), torch.tensor([len(p) for p in prompts], device=device)
 
 
-def _forward(
-    model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | _Slots
-) -> Tensor:
+def _forward(model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | Slots) -> Tensor:
     """Last hidden state of the last position, extending the cache."""
     # Compiled layers would be compiled again for every shape and kind of cache.
     as_written = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()

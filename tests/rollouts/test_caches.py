@@ -1,0 +1,23 @@
+"""The cache with room holds what transformers' own holds, through growth and rows that leave."""
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from headwater.rollouts.caches import RoomyLayer
+
+
+def test_room_changes_nothing_but_the_copies():
+    torch.manual_seed(0)
+    plain, roomy, rows, places = DynamicLayer(), RoomyLayer(), 6, set()
+    for step in range(60):
+        new = [torch.randn(rows, 2, 5 if step == 0 else 1, 4) for _ in range(2)]
+        for ours, theirs in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(ours, theirs)
+        if step in (20, 21, 40):
+            keep = torch.arange(1, rows)
+            rows -= 1
+            plain.batch_select_indices(keep)
+            roomy.batch_select_indices(keep)
+        places.add(roomy.keys.data_ptr())
+    assert roomy.get_seq_length() == 64
+    assert len(places) < 15, "tokens are written where there is room"
