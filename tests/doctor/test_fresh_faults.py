@@ -162,11 +162,6 @@ def activation_changed(directory: Path) -> None:
     edit_config(directory, hidden_act="relu")
 
 
-def dropout_left_on(directory: Path) -> None:
-    """Sampled without dropout, trained with it: the ratio of the two policies is noise."""
-    edit_config(directory, attention_dropout=0.3)
-
-
 # Weights.
 
 
@@ -436,9 +431,8 @@ LOADED: list[tuple[Plant, tuple[str, ...], str]] = [
 ]
 """Seen when the weights are loaded."""
 FELT: list[tuple[Plant, tuple[str, ...], str]] = [
-    (dropout_left_on, STUDENT, "precision and dropout"),
-    (quantised_to_four_bits, TEACHER, "precision and dropout"),
-    (quantised_to_two_bits, TEACHER, "precision and dropout"),
+    (quantised_to_four_bits, TEACHER, "precision"),
+    (quantised_to_two_bits, TEACHER, "precision"),
     (quantised_to_two_bits, TEACHER, "teacher against student"),
     (merges_lost, PAIR, "distance"),
     (vocabulary_sorted, PAIR, "distance"),

@@ -1,4 +1,6 @@
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -114,11 +116,14 @@ def test_loading(tiny_directory, problems):
         assert torch.equal(a, b.to(torch.bfloat16))
 
 
-def test_checkpointed_activations_give_the_same_gradient(tiny_directory):
-    config = ModelConfig(source=f"file:{tiny_directory}")
+def test_checkpointed_activations_give_the_same_gradient(tiny_directory, tmp_path):
+    shutil.copytree(tiny_directory, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.5}), encoding="utf-8")
+    config = ModelConfig(source=f"file:{tmp_path}")
     gradients = []
     for checkpointed in (False, True):
-        model = load_model(config, tiny_directory, trained=True, checkpoint_activations=checkpointed)
+        model = load_model(config, tmp_path, trained=True, checkpoint_activations=checkpointed)
         assert model.checkpoint_activations == checkpointed
         model.module.train(checkpointed)
         model.hidden(IDS).square().sum().backward()

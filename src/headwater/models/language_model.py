@@ -229,6 +229,7 @@ def compile_layers(model: LanguageModel) -> LanguageModel:
 
 def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> LanguageModel:
     """A LanguageModel from a module in memory; raises as `load_model` does."""
+    _without_dropout(module)
     tokenizer = template.with_template(tokenizer, config)
     rows = module.get_output_embeddings().weight.shape[0]  # pyright: ignore -- typed Module
     if len(tokenizer) > rows:
@@ -290,6 +291,15 @@ def end_ids(
             f"{config.source}: neither tokenizer nor generation config names an end token; set stop_tokens"
         )
     return tuple(sorted(ids))
+
+
+def _without_dropout(module: PreTrainedModel) -> None:
+    """A policy that drops what its sampler does not drop is another policy; adapters, added later, have their own."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.0  # pyright: ignore[reportArgumentType] -- typed for tensors and modules
 
 
 @torch.no_grad()
