@@ -42,6 +42,8 @@ class Execution(Frozen):
     grader_workers: int = Field(default=1, ge=1)
     grader_timeout_s: float = Field(default=5.0, gt=0)
     grader_memory_mb: int = Field(default=2048, ge=64)
+    audit_grader: str | None = None
+    """Second grader of `grpo` and `joint` stages (docs/metrics.md, "Audit"); unset = the one of the task, if it has."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """Compile the decoder layers on CUDA: updates and scoring become faster, the first takes half a minute longer."""

@@ -25,7 +25,7 @@ from headwater.meter import Bill, Meter, difference
 from headwater.models.language_model import LanguageModel
 from headwater.models.lora import merged, save_adapter
 from headwater.trackers import Mirror
-from headwater.types import Rollout, Verdict
+from headwater.types import Grade, Rollout, Verdict
 from headwater.update import AdamW, NonFiniteError
 
 OnLog = Callable[[int, int, dict[str, float]], None]
@@ -39,7 +39,8 @@ class StageRun:
 
     `evaluate`, when given, is called every `execution.eval_every` steps with the number of updates done, `monitor`
     every `execution.monitor_every` and at start and end; they have their own random streams, so calling them more often
-    changes nothing. `gate` is the evidence of a gated stage, set when its loop has ended.
+    changes nothing. `audit` is a second grader (`stages.common.audit_metrics`). `gate` is the evidence of a gated
+    stage, set when its loop has ended.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class StageRun:
         evaluate: Callable[[int], dict[str, float]] | None = None,
         monitor: Callable[[], dict[str, float]] | None = None,
         mirror: Mirror | None = None,
+        audit: Grade | None = None,
     ) -> None:
         self.directory = directory
         self.execution = execution or Execution()
@@ -63,6 +65,7 @@ class StageRun:
         self._evaluate = evaluate
         self._monitor = monitor
         self._mirror = mirror
+        self.audit = audit
         self.gate: dict[str, Any] | None = None
         self._seen = (time.monotonic(), 0)
 
@@ -100,9 +103,13 @@ class StageRun:
                 checkpoint.write_atomically(path, text)
         self.meter.lose(self.mesh.collect(list(lost.values()))[0])
 
+    def logs(self, step: int, steps: int) -> bool:
+        """Whether step 0..steps-1 gets a row of metrics."""
+        return (step + 1) % self.execution.log_every == 0 or step + 1 == steps
+
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Append one row of metrics for step 0..steps-1, every `execution.log_every` steps and at the last."""
-        if (step + 1) % self.execution.log_every == 0 or step + 1 == steps:
+        if self.logs(step, steps):
             row = {"step": step, "time": time.time(), **metrics, "ledger/labels": self.ledger.labels(step)}
             self._append("metrics.jsonl", [row])
             if self._mirror is not None:

@@ -5,8 +5,9 @@ import pytest
 from typer.testing import CliRunner
 
 from headwater.cli import app
-from headwater.grading.audit import Sample, agreement, audit, grade_by_spelling, read_samples
+from headwater.grading.audit import Sample, agreement, audit, grade_by_spelling, read_samples, second_grader
 from headwater.grading.maths import grade_maths
+from headwater.tasks.benchmarks import GRADERS
 from headwater.types import Problem, Verdict
 
 GOLDS = ["5", r"\frac{1}{2}", "x+1"]
@@ -97,3 +98,9 @@ def test_the_directory_of_an_evaluation_alone(tmp_path: Path) -> None:
     found = {name: {"avg@k": 1.0, "per_problem": {"p": 1.0}} for name in ("gsm8k", "svamp")}
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert len(read_samples(tmp_path)) == 3 and len(read_samples(tmp_path, "gsm8k")) == 2
+
+
+def test_who_has_a_second_grader_without_being_asked() -> None:
+    # A grader that is renamed must not lose its second.
+    assert {second_grader(grader) for grader in GRADERS.values()} == {"headwater.grading.audit:grade_by_spelling"}
+    assert second_grader("headwater.tasks.chains:grade") is None is second_grader(None)

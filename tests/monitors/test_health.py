@@ -45,6 +45,15 @@ HEALTHY = {
         ({"completion/repetition": falls(10, 0.05, 0.5)}, "repeat themselves (23% of their tail) at step 11"),
         ({"completion/repetition": 0.25}, None),
         ({"reward/frac_groups_zero_std": 0.95}, "95% of groups carry no gradient at step 4"),
+        # Reward means rise by 0.02 a step. A gap that takes 0.018 of it: at step 10 it has grown by 6 x 0.018 = 0.108.
+        (
+            {"audit/reward_gap": lambda i: 0.018 * i},
+            "reward up by 0.12, but its gap to the second grader by 0.11 at step 10",
+        ),
+        # Of an honest rise a strict second grader misses a share: 0.135 of 0.3 in the end.
+        ({"audit/reward_gap": lambda i: 0.1 + 0.009 * i}, None),
+        ({"audit/reward_gap": 0.6}, None),
+        ({"audit/reward_gap": lambda i: 0.018 * i, "reward/mean": 0.5, "completion/len_mean": 20}, None),
         ({"policy/sampler_mismatch_kl": 0.1}, "sampler and trainer disagree (KL 0.1) at step 4"),
     ],
 )

@@ -7,6 +7,7 @@ from headwater.config import GRPO, Execution
 from headwater.rollouts.sampler import TransformersSampler
 from headwater.run import StageRun
 from headwater.stages import grpo
+from headwater.stages.common import audit_metrics
 from headwater.types import Problem, Rollout, Verdict
 
 OPTIMIZER = {"lr": 1e-3}
@@ -145,3 +146,40 @@ def test_what_cannot_work_is_refused(make_model, problems, parity_grade, tmp_pat
         grpo.train(settings(), problems=problems, reference=model, **shared)
     with pytest.raises(ValueError, match=r"kl_coef = 0.5 and no reference"):
         grpo.train(settings(kl_coef=0.5), problems=problems, **shared)
+
+
+def test_a_second_grader_sees_what_the_first_is_fooled_by(make_model, problems, parity_grade, tmp_path):
+    def strict(pairs: list[tuple[Problem, str]]) -> list[Verdict]:
+        return [verdict(0.0) for _ in pairs]
+
+    seen, ends = {}, {}
+    for name, audit in {"none": None, "honest": parity_grade, "fooled": strict}.items():
+        run = StageRun(tmp_path / name, execution=Execution(log_every=2), audit=audit)
+        model = make_model(0)
+        grpo.train(settings(steps=3), policy=model, problems=problems, grade=parity_grade, seed=0, run=run)
+        seen[name] = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        weights = torch.cat([p.detach().flatten() for p in model.module.parameters()])
+        ends[name] = (weights.tolist(), run.meter.tokens, run.meter.flops, run.ledger.revealed)
+    assert [row["step"] for row in seen["fooled"]] == [1, 2]
+    for row, honest, plain in zip(seen["fooled"], seen["honest"], seen["none"], strict=True):
+        assert row["audit/reward_gap"] == row["reward/mean"] > 0
+        assert row["audit/agreement"] == pytest.approx(1 - row["reward/frac_correct"])
+        assert (honest.pop("audit/agreement"), honest.pop("audit/reward_gap")) == (1, 0)
+        assert honest | {"time": 0} == plain | {"time": 0}
+    assert ends["none"] == ends["honest"] == ends["fooled"]
+
+
+def test_an_audit_is_a_sample_of_what_the_second_grader_could_grade(problems, tmp_path):
+    """20 groups of 2: every second rollout, so the first of each; the auditor gives up on the first three of them."""
+    asked: list[str] = []
+
+    def audit(pairs: list[tuple[Problem, str]]) -> list[Verdict]:
+        asked.extend(p.id for p, _ in pairs)
+        return [Verdict(False, False, "timeout", 0.0) if i < 3 else verdict(float(i % 2)) for i in range(len(pairs))]
+
+    groups = [group(p, (2, 1.0), (3, 0.0)) for p in problems[:20]]
+    found = audit_metrics(StageRun(tmp_path / "a", audit=audit), 0, 1, groups)
+    assert asked == [p.id for p in problems[:20]]
+    assert found == {"audit/agreement": pytest.approx(9 / 17), "audit/reward_gap": pytest.approx(1 - 9 / 17)}
+    assert audit_metrics(StageRun(tmp_path / "b"), 0, 1, groups) == {}
+    assert audit_metrics(StageRun(tmp_path / "c", audit=audit), 0, 1, groups[:1]) == {}

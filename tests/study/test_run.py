@@ -220,8 +220,9 @@ def test_seeds_are_rows_of_the_statistics(done: Done, tmp_path: Path):
     assert direct["summary"]["rows"]["mean"] == pytest.approx(sum(values) / 2)
 
 
-def test_evaluating_during_training_changes_nothing(done: Done, tmp_path: Path):
-    recipe = load_recipe(done.recipe, ["execution.eval_every=1", "execution.eval_problems=2"])
+def test_evaluating_and_auditing_during_training_change_nothing(done: Done, tmp_path: Path):
+    audit = f"execution.audit_grader={done.recipe.parent}/grader.py:grade"
+    recipe = load_recipe(done.recipe, ["execution.eval_every=1", "execution.eval_problems=2", audit])
     graph = plan(recipe)
     key = graph.arms["direct"][0][0]
     node: Any = graph.nodes[key]
@@ -229,6 +230,8 @@ def test_evaluating_during_training_changes_nothing(done: Done, tmp_path: Path):
     run_node(Job(node, recipe.execution, graph.monitors[0]), store)
     curve = [json.loads(line) for line in (store.path(key) / "evals.jsonl").read_text().splitlines()]
     assert [row["updates"] for row in curve] == [1, 2] and all(0 <= row["eval/avg@k"] <= 1 for row in curve)
+    rows = [json.loads(line) for line in (store.path(key) / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["audit/agreement"], row["audit/reward_gap"]) for row in rows] == [(1, 0)] * 2
     ours, theirs = (load_file(s.model(key) / "model.safetensors") for s in (store, done.store))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -11,6 +11,12 @@ from pathlib import Path, PurePosixPath
 from headwater.types import Grade, Message, Problem, Verdict
 
 SECOND_GRADER = "headwater.grading.audit:grade_by_spelling"
+_OF_MATHS = ("headwater.grading.text:grade_number", "headwater.grading.maths:grade_maths")
+
+
+def second_grader(grader: str | None) -> str | None:
+    """The grader that can check this one without being asked to: there is one for the graders of maths."""
+    return SECOND_GRADER if grader in _OF_MATHS else None
 
 
 @dataclass(frozen=True)

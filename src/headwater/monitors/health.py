@@ -21,7 +21,7 @@ def repetition(completion: Sequence[int]) -> float:
 
 def warnings(rows: Rows) -> list[str]:
     """One line for each thing that went out of its healthy range in a stage, with the step where it first did."""
-    checks = (_entropy, _length, _truncation, _repetition, _dead_groups, _mismatch)
+    checks = (_entropy, _length, _truncation, _repetition, _dead_groups, _mismatch, _gamed)
     return [line for check in checks if (line := check(rows))]
 
 
@@ -95,4 +95,17 @@ def _mismatch(rows: Rows) -> str | None:
     found = _first_above(rows, "policy/sampler_mismatch_kl", 0.01)
     if found:
         return f"sampler and trainer disagree (KL {found[1]:.2g}) at step {found[0]}: another template, dtype or model?"
+    return None
+
+
+def _gamed(rows: Rows) -> str | None:
+    gaps, rewards = _means(rows, "audit/reward_gap"), dict(_means(rows, "reward/mean"))
+    for step, gap in gaps:
+        rise, growth = rewards[step] - rewards[gaps[0][0]], gap - gaps[0][1]
+        # A second grader that is strict misses its share of an honest rise too, but not most of it.
+        if rise > 0.02 and growth > max(0.1, rise / 2):
+            return (
+                f"reward up by {rise:.2f}, but its gap to the second grader by {growth:.2f} at step {step}; look at "
+                "the samples for what is rewarded and not right"
+            )
     return None

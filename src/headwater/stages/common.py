@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +25,11 @@ from headwater.types import Grade, Problem, Rollout, Verdict
 from headwater.update import Loss, Term
 
 T = TypeVar("T")
+GIVEN_UP = ("timeout", "memory", "error")
+"""Reasons that say nothing about the completion."""
 EXACT = ("reverse_kl", "forward_kl", "jsd")
+AUDITED = 32
+"""Rollouts of a step that a second grader sees, at most."""
 DENSE, SPARSE = 3, 4
 """Products with the student's LM head: logits and two gradients; `token_logprobs` makes the logits again."""
 
@@ -54,11 +59,32 @@ def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict] | N
     if verdicts is not None:
         metrics["reward/frac_correct"] = sum(v.correct for v in verdicts) / count
         metrics["reward/frac_parsed"] = sum(v.parsed for v in verdicts) / count
-        for reason in ("timeout", "memory", "error"):
+        for reason in GIVEN_UP:
             metrics[f"grader/frac_{reason}"] = sum(v.reason == reason for v in verdicts) / count
         for style, n in sorted(Counter(v.style for v in verdicts if v.style).items()):
             metrics[f"style/{style}"] = n / count
     return metrics
+
+
+def audit_metrics(
+    run: StageRun, step: int, steps: int, groups: Sequence[tuple[Problem, list[Rollout], list[Verdict]]]
+) -> dict[str, float]:
+    """What the second grader says of at most 32 evenly spaced rollouts of a logged step; {} where there is none.
+
+    It influences nothing and is not metered; the step has revealed the answers already. Left out is what it gave up.
+    """
+    if run.audit is None or not run.logs(step, steps):
+        return {}
+    rows = [(p, r.text, v) for p, rollouts, verdicts in groups for r, v in zip(rollouts, verdicts, strict=True)]
+    rows = rows[:: math.ceil(len(rows) / AUDITED)]
+    seconds = grade_sharded(run.audit, [(p, text) for p, text, _ in rows], run.mesh)
+    pairs = [(v, s) for (_, _, v), s in zip(rows, seconds, strict=True) if s.reason not in GIVEN_UP]
+    if not pairs:
+        return {}
+    return {
+        "audit/agreement": sum(v.correct == s.correct for v, s in pairs) / len(pairs),
+        "audit/reward_gap": sum(v.score - s.score for v, s in pairs) / len(pairs),
+    }
 
 
 def grade_sharded(grade: Grade, completions: list[tuple[Problem, str]], mesh: Mesh) -> list[Verdict]:

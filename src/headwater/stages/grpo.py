@@ -22,6 +22,7 @@ from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import soft_overlong_penalty, token_weights
 from headwater.stages.common import (
     SPARSE,
+    audit_metrics,
     check_pool,
     count_sampled,
     count_scored,
@@ -80,6 +81,7 @@ def train(
         rollouts, verdicts = rows_of([g[1] for g in groups]), rows_of([g[2] for g in groups])
         steps = settings.steps if max_flops is None else steps_to_flops(step + 1, run.meter.flops, max_flops)
         observed = reward_metrics(rewards) | {"reward/groups_redrawn": float(len(redrawn))}
+        observed |= audit_metrics(run, step, steps, groups)
         run.log(step, steps, {**observed, **rollout_metrics(rollouts, verdicts), **metrics})
         run.show(step, rollouts, verdicts)
         run.evaluate_if_due(step + 1)

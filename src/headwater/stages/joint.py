@@ -16,6 +16,7 @@ from headwater.scoring.weights import token_weights
 from headwater.stages.common import (
     DENSE,
     SPARSE,
+    audit_metrics,
     check_pool,
     count_scored,
     count_trained,
@@ -76,7 +77,8 @@ def train(
         count_trained(run, student, batch, micros, DENSE + SPARSE)
 
         rollouts, verdicts = rows_of([g[1] for g in groups]), rows_of([g[2] for g in groups])
-        run.log(step, settings.steps, {**reward_metrics(rewards), **rollout_metrics(rollouts, verdicts), **metrics})
+        observed = reward_metrics(rewards) | audit_metrics(run, step, settings.steps, groups)
+        run.log(step, settings.steps, {**observed, **rollout_metrics(rollouts, verdicts), **metrics})
         run.show(step, rollouts, verdicts)
         run.evaluate_if_due(step + 1)
         run.save_if_due(step + 1, settings.steps, optimizer)

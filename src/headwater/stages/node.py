@@ -22,6 +22,7 @@ from headwater import device as devices
 from headwater.checkpoint import write_atomically
 from headwater.config import GRPO, SFT, Distill, Execution, Joint, Warmup
 from headwater.evals.evaluate import evaluate
+from headwater.grading.audit import second_grader
 from headwater.grading.pool import GraderPool
 from headwater.ledger import Ledger
 from headwater.mesh import Mesh, join
@@ -256,6 +257,8 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
     teacher = open_model(node.teacher, store, execution) if node.teacher else None
     graders = [_grader(node.grader, execution)] if node.grader else []
     monitor_pool = [_grader(job.monitor.grader, execution)] if job.monitor and execution.eval_every else []
+    second = execution.audit_grader or second_grader(node.grader)
+    audits = [_grader(second, execution)] if second and isinstance(node.settings, GRPO) else []
     mesh = join(execution.device)
     title = f"{node.label}-seed{node.seed}-{spec.key(node)[:8]}"
     mirror = Mirror(execution.trackers, execution.project, title, directory) if mesh.is_writer else None
@@ -267,6 +270,7 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
         evaluate=_monitor(job.monitor, policy, monitor_pool[0]) if job.monitor and monitor_pool else None,
         monitor=_closeness(job, policy, teacher, mesh),
         mirror=mirror,
+        audit=audits[0].grade if audits else None,
     )
     try:
         # A side of a split that has no labels takes no step.
@@ -276,7 +280,7 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
             else AdamW(policy, node.settings.optimizer)
         )
     finally:
-        for opened in [*graders, *monitor_pool, *([mirror] if mirror else [])]:
+        for opened in [*graders, *audits, *monitor_pool, *([mirror] if mirror else [])]:
             opened.close()
     save_model(policy, optimizer, store.model(spec.key(node)))
     labels = {"revealed": run.ledger.revealed, "distinct": len(run.ledger.problems)}
