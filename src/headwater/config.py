@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -99,12 +99,17 @@ class Tuning(Frozen):
     split: str = "tuning"
 
 
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
 class Probe(Frozen):
     """How a pair of models is looked at before labels are spent (`headwater probe`, `split = "auto"`)."""
 
     problems: int = Field(default=128, ge=2)
     """Labelled problems of the pool whose answers are looked at: all of a smaller pool."""
     samples: int = Field(default=8, ge=2)
+    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=SHARES, min_length=1)
+    """What `split = "auto"` chooses from."""
 
 
 class Evaluation(Frozen):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the labels that may go upstream."""
+from headwater.config import SHARES
+
 CUT = 0.25
 """Part of a rollout that is handed over before somebody else goes on with it."""
 REWARD_HALF = 4.0
@@ -57,7 +57,7 @@ class Situation:
     least: tuple[int, int] = (1, 1)
 
 
-def feasible(situation: Situation, grid: tuple[float, ...] = GRID) -> list[float]:
+def feasible(situation: Situation, grid: tuple[float, ...] = SHARES) -> list[float]:
     """Shares that leave each side no label or enough for a step."""
 
     def fits(share: float) -> bool:
@@ -67,7 +67,7 @@ def feasible(situation: Situation, grid: tuple[float, ...] = GRID) -> list[float
     return [share for share in grid if fits(share)]
 
 
-def judge(measured: Measured, situation: Situation, grid: tuple[float, ...] = GRID) -> dict[str, Any]:
+def judge(measured: Measured, situation: Situation, grid: tuple[float, ...] = SHARES) -> dict[str, Any]:
     """Expected scores with 95 % intervals (problems resampled, `MODEL_ERROR` added to differences) and what follows.
 
     Returns `{"reason", "limits", "direct": [x, low, high], "shares": {SHARE: [x, low, high]}, "share", "chance":

@@ -239,7 +239,8 @@ def _decide(node: DecisionSpec, execution: Execution, store: Store, directory: P
     prompts = {"pool": problems, "held out": select(node.held_out)} if node.held_out else {}
     look = {"max_new_tokens": node.max_new_tokens, "temperature": node.temperature, "seed": node.seed}
     c2 = {name: closeness(**models, problems=some, **look, **seen_by) for name, some in prompts.items()}
-    found = judge(measured, Situation(node.labels, node.dense_prompts, node.trained, node.least))
+    situation = Situation(node.labels, node.dense_prompts, node.trained, node.least)
+    found = judge(measured, situation, tuple(sorted(node.settings.shares)))
     return {
         "result": {**found, "models": seen, "c2": c2, "problems": len(problems), "labels": node.labels},
         "share": found["share"],
