@@ -21,6 +21,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not gpu'
 
 nightly: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[environments]'
 	$(BIN)/pytest -m 'not gpu'
 
 world: setup

@@ -75,7 +75,7 @@ def checkup(recipe: Recipe) -> tuple[Material | None, list[Finding]]:
             pair = lambda p=patient, k=kinds: prompts.check_pair(got.patients["student"], p, some, k)  # noqa: E731 -- as above
             findings += [replace(f, name=f"student and {role}: {f.name}") for f in guarded("tokens", pair)]
     counts = getattr(got.task, "counts", {})  # tasks from files have them
-    findings += guarded("data", lambda: data.check_data(got.train, got.test, counts))
+    findings += guarded("data", lambda: data.check_data(got.train, got.test, counts, golds=_has_golds(got)))
     findings += guarded("grader", lambda: _grader(got))
     return got, findings
 
@@ -105,11 +105,19 @@ def _lengths(material: Material, patient: Patient, problems: Sequence[Problem]) 
     )
 
 
+def _has_golds(material: Material) -> bool:
+    """False for a data set or environment whose own scorer takes every valid answer and which names none."""
+    own = material.task.grader.startswith(("headwater.tasks.procedural:", "headwater.tasks.environments:"))
+    return not own or any(p.answer for p in material.train)
+
+
 def _grader(material: Material) -> Iterator[Finding]:
     labelled = [p for p in material.train if p.answer is not None][: MEASURED // 2]
-    if labelled:
+    if labelled and _has_golds(material):
+        grader = material.task.grader
+        ours = grader.startswith("headwater.") and not grader.startswith("headwater.tasks.environments:")
         with _graders(material) as pool:
-            yield from data.check_grader(labelled, pool.grade, ours=material.task.grader.startswith("headwater."))
+            yield from data.check_grader(labelled, pool.grade, ours=ours)
 
 
 def _graders(material: Material) -> GraderPool:

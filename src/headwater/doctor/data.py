@@ -26,9 +26,15 @@ _ENOUGH = 12
 """Rows below which shares say nothing."""
 
 
-def check_data(train: Sequence[Problem], test: Sequence[Problem], counts: Mapping[str, int]) -> Iterator[Finding]:
-    """What the rows of a pool's split and of the evaluations must fulfil; `counts` is the task's own."""
-    yield _answers(train, test)
+def check_data(
+    train: Sequence[Problem], test: Sequence[Problem], counts: Mapping[str, int], *, golds: bool
+) -> Iterator[Finding]:
+    """What the rows of a pool's split and of the evaluations must fulfil; `counts` is the task's own.
+
+    `golds`: the rows have answers that the reward compares with.
+    """
+    if golds:
+        yield _answers(train, test)
     shared = {_masked(p) for p in train} & {_masked(p) for p in test}
     repeats = len(train) - len({_masked(p) for p in train})
     total = counts.get("rows", len(train) + len(test))

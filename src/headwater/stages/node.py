@@ -163,7 +163,7 @@ def model_directory(source: str) -> Path:
 def environment() -> dict[str, Any]:
     """Versions and hardware that a number was made with."""
     packages = ["headwater", "torch", "transformers", "reasoning-gym", "math-verify"]
-    packages += ["peft"] if find_spec("peft") else []
+    packages += [name for name in ("peft", "verifiers") if find_spec(name)]
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),

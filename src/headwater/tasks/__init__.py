@@ -15,6 +15,7 @@ def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
     - `reasoning-gym:DATA_SET`: see `procedural.load`.
     - `gsm8k`, `math`, `math500`, `aime24`, ...: see `benchmarks.load`.
     - `jsonl`, `parquet`, `hub`: rows of a file or of a Hugging Face data set; see `table.load`.
+    - `verifiers`: an environment of single answers; see `environments.load`.
 
     Raises ValueError for an unknown name, an unknown or missing key, and for data that cannot be read as asked.
     """
@@ -33,13 +34,23 @@ def load_task(spec: Mapping[str, object]) -> Chains | SplitTask:
             from headwater.tasks import table
 
             return table.load(kind, rest)
+        case "verifiers", "", "":
+            try:
+                from headwater.tasks import environments
+            except ModuleNotFoundError as error:
+                if (error.name or "").split(".")[0] != "verifiers":
+                    raise
+                raise ValueError(
+                    "this task needs the extra 'environments': pip install 'headwater[environments]'"
+                ) from error
+            return environments.load(rest)
     from headwater.tasks import benchmarks
 
     if name in benchmarks.benchmarks():
         return benchmarks.load(str(name), rest)
     raise ValueError(
-        f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet', 'hub' or one of "
-        f"{', '.join(benchmarks.benchmarks())}"
+        f"no task is called {name!r}; use 'chains', 'reasoning-gym:DATA_SET', 'jsonl', 'parquet', 'hub', 'verifiers' "
+        f"or one of {', '.join(benchmarks.benchmarks())}"
     )
 
 

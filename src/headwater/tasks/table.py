@@ -54,15 +54,7 @@ def load(kind: str, spec: Row) -> SplitTask:
     labelled = _read(kind, spec["source"], spec, counts)
     tested = _read(kind, spec["test_source"], spec, counts) if "test_source" in spec else []
     more = _read(kind, spec["unlabelled_source"], {**spec, "answer_column": None}, counts) if _more(spec) else []
-    default = {"train": 0.9, "tuning": 0.1} if tested else {"train": 0.7, "tuning": 0.1, "test": 0.2}
-    splits = _divide(labelled, tested, more, spec.get("fractions", default), counts)
-    sizes = spec.get("sizes", {})
-    return SplitTask(
-        title,
-        str(spec.get("grader", "")),
-        {split: take(title, split, splits[split], sizes.get(split)) for split in SPLITS},
-        counts,
-    )
+    return divide(title, str(spec.get("grader", "")), spec, (labelled, tested, more), counts)
 
 
 def _more(spec: Row) -> bool:
@@ -71,12 +63,7 @@ def _more(spec: Row) -> bool:
 
 def _check(title: str, spec: Row) -> None:
     """Raise ValueError for settings that contradict each other."""
-    fractions, sizes = spec.get("fractions", {}), spec.get("sizes", {})
-    check_fractions(fractions)
-    if not sizes.keys() <= set(SPLITS):
-        raise ValueError(f"{title}: sizes are those of {list(SPLITS)}, not {dict(sizes)}")
-    if "test_source" in spec and fractions.get("test"):
-        raise ValueError(f"{title}: test_source is the whole test split; take 'test' out of the fractions")
+    check_splits(title, spec, "test_source")
     if "answer_column" in spec and not spec.get("grader"):
         raise ValueError(f"{title} has answers but no grader; name one, as 'headwater.grading.text:grade_number'")
     if "{prompt}" not in spec.get("template", "{prompt}"):
@@ -89,14 +76,30 @@ def _check(title: str, spec: Row) -> None:
         ) from error
 
 
-def _divide(
-    labelled: list[Problem],
-    tested: list[Problem],
-    more: list[Problem],
-    fractions: Mapping[str, float],
+def check_splits(title: str, spec: Row, tested: str) -> None:
+    """Raise ValueError for bad `fractions` or `sizes`; `tested` is the key whose problems are the whole test split."""
+    fractions, sizes = spec.get("fractions", {}), spec.get("sizes", {})
+    check_fractions(fractions)
+    if not sizes.keys() <= set(SPLITS):
+        raise ValueError(f"{title}: sizes are those of {list(SPLITS)}, not {dict(sizes)}")
+    if tested in spec and fractions.get("test"):
+        raise ValueError(f"{title}: {tested} is the whole test split; take 'test' out of the fractions")
+
+
+def divide(
+    title: str,
+    grader: str,
+    spec: Row,
+    found: tuple[list[Problem], list[Problem], list[Problem]],
     counts: dict[str, int],
-) -> dict[str, list[Problem]]:
-    """Every distinct prompt in one split; a prompt without an answer can only be unlabelled."""
+) -> SplitTask:
+    """Problems (labelled, of the test, more prompts) by `fractions` and `sizes`; `counts` is filled in.
+
+    Every distinct prompt is in one split; one without an answer can only be unlabelled.
+    """
+    labelled, tested, more = found
+    default = {"train": 0.9, "tuning": 0.1} if tested else {"train": 0.7, "tuning": 0.1, "test": 0.2}
+    fractions, sizes = spec.get("fractions", default), spec.get("sizes", {})
     test, repeats = distinct(tested)
     rest, more_repeats = distinct([*labelled, *more])
     in_test = {problem.id for problem in test}
@@ -110,7 +113,8 @@ def _divide(
     answers = {(problem.id, problem.answer) for problem in [*tested, *labelled] if problem.answer is not None}
     counts["contradictions"] = len(answers) - len({name for name, _ in answers})
     counts["in_test"] = sum(problem.id in in_test for problem in rest)
-    return splits
+    sized = {split: take(title, split, splits[split], sizes.get(split)) for split in SPLITS}
+    return SplitTask(title, grader, sized, counts)
 
 
 def _read(kind: str, source: object, spec: Row, counts: dict[str, int]) -> list[Problem]:
