@@ -14,107 +14,39 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from measure import (
+    KERNELS,
     TINY,
     Row,
     Scale,
     build,
-    median_seconds,
-    memory,
+    ceilings,
+    kernels,
+    loss_inputs,
+    ours,
     peak_memory,
+    plain,
     reset_peak,
     synchronize,
     table,
+    top_k,
 )
 from torch import Tensor
 
 from headwater.config import GRPO, Distill, Execution, Optimizer
-from headwater.losses import oracle
-from headwater.losses.dense import Divergence, dense_divergence
-from headwater.losses.projection import token_logprobs
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel, compile_layers
 from headwater.rollouts.batch import Batch, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
-from headwater.scoring.scores import HiddenScores, TopKScores
 from headwater.stages.common import dense_loss
 from headwater.stages.grpo import policy_loss
 from headwater.types import Message, Problem
 from headwater.update import AdamW, Loss, update
-
-
-def ceilings(scale: Scale) -> Row:
-    """What the device reaches: a square bfloat16 product of random data, and a copy counting bytes read and written."""
-    a, b = (torch.randn(scale.square, scale.square, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
-    product = median_seconds(lambda: a @ b, 20)
-    source = torch.randint(256, (scale.copy_bytes,), device=scale.device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = median_seconds(lambda: target.copy_(source))
-    return {"matmul_tflops": 2 * scale.square**3 / product / 1e12, "copy_gbs": 2 * scale.copy_bytes / copy / 1e9}
-
-
-def loss_inputs(tokens: int, scale: Scale, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random hidden states and heads whose logits have a standard deviation of about 4: peaked, as a model's are."""
-    (narrow, wide), device = scale.widths, scale.device
-
-    def head(width: int) -> Tensor:
-        return (torch.randn(scale.head_rows, width, device=device) * (4 / width**0.5)).to(dtype)
-
-    return {
-        "hidden": torch.randn(tokens, narrow, device=device, dtype=dtype).requires_grad_(),
-        "head": head(narrow).requires_grad_(),
-        "teacher_hidden": torch.randn(tokens, wide, device=device, dtype=dtype),
-        "teacher_head": head(wide),
-        "weights": torch.rand(tokens, device=device) + 0.5,
-        "targets": torch.randint(scale.vocab, (tokens,), device=device),
-    }
-
-
-@torch.no_grad()
-def top_k(x: dict[str, Tensor], vocab: int, k: int = 64) -> TopKScores:
-    parts = [
-        (h @ x["teacher_head"][:vocab].T).float().log_softmax(1).topk(min(k, vocab // 2))
-        for h in x["teacher_hidden"].split(1024)
-    ]
-    return TopKScores(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
-
-
-def ours(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None) -> Tensor:
-    """The weighted sum that the package computes from hidden states."""
-    if name == "token_logprobs":
-        logprobs, _ = token_logprobs(x["hidden"], x["head"], x["targets"], vocab_size=vocab)
-        return (x["weights"] * logprobs).sum()
-    scores = teacher or HiddenScores(x["teacher_hidden"], x["teacher_head"])
-    kind = kind_of(name)
-    return dense_divergence(x["hidden"], x["head"], scores, x["weights"], kind=kind, vocab_size=vocab)[0]
-
-
-def plain(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None, dtype: torch.dtype) -> Tensor:
-    """The same from full logits by autograd: the float64 oracle, or (with float32) what one would write in torch."""
-    logits = (x["hidden"] @ x["head"].T).to(dtype)
-    if name == "token_logprobs":
-        logprobs, _ = oracle.token_logprobs_from_logits(logits, x["targets"], vocab_size=vocab)
-        return (x["weights"] * logprobs).sum()
-    kind = kind_of(name)
-    if teacher is not None:
-        return oracle.topk_divergence_from_logits(
-            logits, teacher.ids, teacher.logprobs.to(dtype), x["weights"], kind=kind, vocab_size=vocab
-        )
-    other = (x["teacher_hidden"] @ x["teacher_head"].T).to(dtype)
-    return oracle.dense_divergence_from_logits(logits, other, x["weights"], kind=kind, vocab_size=vocab)
-
-
-def kind_of(name: str) -> Divergence:
-    return "forward_kl" if "forward" in name else "reverse_kl" if "reverse" in name else "jsd"
-
-
-KERNELS = ("token_logprobs", "reverse_kl", "forward_kl", "jsd", "top-64 forward_kl", "top-64 reverse_kl")
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
@@ -141,46 +73,6 @@ def correctness(scale: Scale) -> list[Row]:
                 {"loss": name, "dtype": str(dtype)[6:]}
                 | dict(zip(("value", "grad hidden", "grad head"), errors, strict=True))
             )
-    return rows
-
-
-def forward_backward(total: Callable[[], Tensor], x: dict[str, Tensor]) -> tuple[float, float]:
-    """Median seconds, and peak memory in bytes above the inputs and the two gradients it returns."""
-
-    def work() -> None:
-        torch.autograd.grad(total(), (x["hidden"], x["head"]))
-
-    work()
-    reset_peak()
-    before = memory()
-    work()
-    above = peak_memory() - before - sum(t.numel() * t.element_size() for t in (x["hidden"], x["head"]))
-    return median_seconds(work, 5, 1), above
-
-
-def kernels(scale: Scale, peak_tflops: float) -> list[Row]:
-    """Forward and backward of each loss in bfloat16 against the products that any method must do, and full logits.
-
-    Floor: 2 x tokens x vocabulary x width for each of student logits, gradient of hidden, gradient of head, and
-    teacher logits where there is a teacher's hidden state. Recomputed logits are not in it.
-    """
-    rows = []
-    for tokens in scale.kernel_tokens:
-        x = loss_inputs(tokens, scale, torch.bfloat16)
-        for name in ("token_logprobs", "reverse_kl", "jsd", "top-64 forward_kl"):
-            teacher = top_k(x, scale.vocab) if "top" in name else None
-            width = 3 * scale.widths[0] + (scale.widths[1] if name in ("reverse_kl", "jsd") else 0)
-            floor = 2 * tokens * scale.vocab * width / peak_tflops / 1e12
-            seconds, above = forward_backward(partial(ours, name, x, scale.vocab, teacher), x)
-            row = {"loss": name, "tokens": tokens, "ms": seconds * 1e3, "GB": above / 1e9, "floor ms": floor * 1e3}
-            row |= {"floor share": floor / seconds, "plain ms": None, "plain GB": None}
-            try:
-                plain_s, plain_b = forward_backward(partial(plain, name, x, scale.vocab, teacher, torch.float32), x)
-                row |= {"plain ms": plain_s * 1e3, "plain GB": plain_b / 1e9}
-            except torch.cuda.OutOfMemoryError:
-                pass
-            rows.append(row)
-            reset_peak()
     return rows
 
 
@@ -377,7 +269,7 @@ def main() -> None:
     tflops, gbs = result["ceilings"]["matmul_tflops"], result["ceilings"]["copy_gbs"]
     parts: dict[str, Callable[[], list[Row]]] = {
         "correctness": lambda: correctness(scale),
-        "kernels": lambda: kernels(scale, tflops),
+        "kernels": lambda: kernels(scale, tflops, ("token_logprobs", "reverse_kl", "jsd", "top-64 forward_kl")),
         "sampling": lambda: sampling(scale, gbs),
         "grpo": lambda: grpo_update(scale, tflops),
         "distill": lambda: distill_step(scale, tflops),

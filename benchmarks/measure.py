@@ -1,19 +1,31 @@
-"""What the measurements share: models of real shapes with random weights, timing, tables."""
+"""What the measurements share: models of real shapes with random weights, losses beside plain torch, time, memory,
+tables."""
 
 from __future__ import annotations
 
 import gc
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from headwater.config import ModelConfig
+from headwater.losses import oracle
+from headwater.losses.dense import Divergence, dense_divergence
+from headwater.losses.projection import token_logprobs
 from headwater.models.language_model import LanguageModel, compile_layers
+from headwater.scoring.scores import HiddenScores, TopKScores
+from headwater.stages.node import environment
 
 Row = dict[str, Any]
 HEAD_ROWS, VOCAB = 151_936, 151_669
@@ -121,11 +133,13 @@ def synchronize() -> None:
 
 
 def memory() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    """Bytes that tensors hold on the device; without CUDA the process's resident set."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _resident("VmRSS")
 
 
 def peak_memory() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    """The most of `memory` since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
 
 
 def reset_peak() -> None:
@@ -133,6 +147,21 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark begins again (man 5 proc)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated on the device, or in main memory without CUDA."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def median_seconds(work: Callable[[], object], repeats: int = 7, warmups: int = 2) -> float:
@@ -156,6 +185,132 @@ def median_seconds(work: Callable[[], object], repeats: int = 7, warmups: int = 
     return statistics.median(times)
 
 
+def ceilings(scale: Scale, dtype: torch.dtype = torch.bfloat16) -> Row:
+    """What the device reaches: a square product of random data, and a copy counting bytes read and written."""
+    a, b = (torch.randn(scale.square, scale.square, device=scale.device, dtype=dtype) for _ in range(2))
+    product = median_seconds(lambda: a @ b, 20)
+    source = torch.randint(256, (scale.copy_bytes,), device=scale.device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = median_seconds(lambda: target.copy_(source))
+    return {"matmul_tflops": 2 * scale.square**3 / product / 1e12, "copy_gbs": 2 * scale.copy_bytes / copy / 1e9}
+
+
+def loss_inputs(tokens: int, scale: Scale, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random hidden states and heads whose logits have a standard deviation of about 4: peaked, as a model's are."""
+    (narrow, wide), device = scale.widths, scale.device
+
+    def head(width: int) -> Tensor:
+        return (torch.randn(scale.head_rows, width, device=device) * (4 / width**0.5)).to(dtype)
+
+    return {
+        "hidden": torch.randn(tokens, narrow, device=device, dtype=dtype).requires_grad_(),
+        "head": head(narrow).requires_grad_(),
+        "teacher_hidden": torch.randn(tokens, wide, device=device, dtype=dtype),
+        "teacher_head": head(wide),
+        "weights": torch.rand(tokens, device=device) + 0.5,
+        "targets": torch.randint(scale.vocab, (tokens,), device=device),
+    }
+
+
+@torch.no_grad()
+def top_k(x: dict[str, Tensor], vocab: int, k: int = 64) -> TopKScores:
+    parts = [
+        (h @ x["teacher_head"][:vocab].T).float().log_softmax(1).topk(min(k, vocab // 2))
+        for h in x["teacher_hidden"].split(1024)
+    ]
+    return TopKScores(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
+
+
+def ours(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None, chunk: int = 1024) -> Tensor:
+    """The weighted sum that the package computes from hidden states, `chunk` tokens at a time."""
+    if name == "token_logprobs":
+        logprobs, _ = token_logprobs(x["hidden"], x["head"], x["targets"], vocab_size=vocab, chunk_tokens=chunk)
+        return (x["weights"] * logprobs).sum()
+    scores = teacher or HiddenScores(x["teacher_hidden"], x["teacher_head"])
+    settings = {"kind": kind_of(name), "vocab_size": vocab, "chunk_tokens": chunk}
+    return dense_divergence(x["hidden"], x["head"], scores, x["weights"], **settings)[0]
+
+
+def plain(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None, dtype: torch.dtype) -> Tensor:
+    """The same from full logits by autograd: the float64 oracle, or (with float32) what one would write in torch."""
+    logits = (x["hidden"] @ x["head"].T).to(dtype)
+    if name == "token_logprobs":
+        logprobs, _ = oracle.token_logprobs_from_logits(logits, x["targets"], vocab_size=vocab)
+        return (x["weights"] * logprobs).sum()
+    kind = kind_of(name)
+    if teacher is not None:
+        return oracle.topk_divergence_from_logits(
+            logits, teacher.ids, teacher.logprobs.to(dtype), x["weights"], kind=kind, vocab_size=vocab
+        )
+    other = (x["teacher_hidden"] @ x["teacher_head"].T).to(dtype)
+    return oracle.dense_divergence_from_logits(logits, other, x["weights"], kind=kind, vocab_size=vocab)
+
+
+def kind_of(name: str) -> Divergence:
+    return "forward_kl" if "forward" in name else "reverse_kl" if "reverse" in name else "jsd"
+
+
+KERNELS = ("token_logprobs", "reverse_kl", "forward_kl", "jsd", "top-64 forward_kl", "top-64 reverse_kl", "top-64 jsd")
+
+
+def forward_backward(total: Callable[[], Tensor], x: dict[str, Tensor], repeats: int = 5) -> tuple[float, float]:
+    """Median seconds, and peak memory in bytes above the inputs and the two gradients it returns."""
+
+    def work() -> None:
+        torch.autograd.grad(total(), (x["hidden"], x["head"]))
+
+    work()
+    reset_peak()
+    before = memory()
+    work()
+    above = peak_memory() - before - sum(t.numel() * t.element_size() for t in (x["hidden"], x["head"]))
+    return median_seconds(work, repeats, 0), above
+
+
+def kernels(
+    scale: Scale,
+    peak_tflops: float,
+    names: Sequence[str],
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 5,
+    chunk: int = 1024,
+) -> list[Row]:
+    """Forward and backward of each loss against the products that any method must do, and full logits.
+
+    Floor: 2 x tokens x vocabulary x width for each of student logits, gradient of hidden, gradient of head, and
+    teacher logits where there is a teacher's hidden state. Recomputed logits are not in it. Full logits are left out
+    (None) where ten float32 copies of them, about what autograd keeps of a divergence, do not fit.
+    """
+    rows = []
+    for tokens in scale.kernel_tokens:
+        x = loss_inputs(tokens, scale, dtype)
+        for name in names:
+            teacher = top_k(x, scale.vocab) if "top" in name else None
+            exact = teacher is None and name != "token_logprobs"
+            width = 3 * scale.widths[0] + (scale.widths[1] if exact else 0)
+            floor = 2 * tokens * scale.vocab * width / peak_tflops / 1e12
+            seconds, above = forward_backward(partial(ours, name, x, scale.vocab, teacher, chunk), x, repeats)
+            row = {"loss": name, "vocab": scale.vocab, "tokens": tokens, "ms": seconds * 1e3, "GB": above / 1e9}
+            row |= {"floor ms": floor * 1e3, "floor share": floor / seconds, "plain ms": None, "plain GB": None}
+            reset_peak()
+            if 40 * tokens * scale.head_rows < available_memory():
+                try:
+                    work = partial(plain, name, x, scale.vocab, teacher, torch.float32)
+                    plain_s, plain_b = forward_backward(work, x, repeats)
+                    row |= {"plain ms": plain_s * 1e3, "plain GB": plain_b / 1e9}
+                except torch.cuda.OutOfMemoryError:
+                    pass
+            rows.append(row)
+            reset_peak()
+    return rows
+
+
+def growth(points: Sequence[tuple[float, float]]) -> float | None:
+    """The exponent p of the least-squares fit y = c x^p; None for fewer than two different x."""
+    x, y = np.log(np.maximum(np.array(points, dtype=float), 1e-12)).T
+    return float(np.polyfit(x, y, 1)[0]) if len(set(x)) > 1 else None
+
+
 def table(title: str, rows: list[Row]) -> str:
     """Markdown, 3 significant digits."""
 
@@ -168,3 +323,13 @@ def table(title: str, rows: list[Row]) -> str:
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
     lines += [" | ".join(cell(row.get(name)) for name in names) for row in rows]
     return f"\n**{title}**\n\n" + "\n".join(f"| {line} |" for line in lines)
+
+
+def report(script: str, arguments: object, results: dict[str, list[Row]], out: Path | None) -> None:
+    """Write results as JSON with commit, device, versions, date and load, where `out` says so."""
+    if out is not None:
+        where = {"script": script, "arguments": {n: str(v) for n, v in vars(arguments).items()}}
+        where |= {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "threads": torch.get_num_threads()}
+        where |= {"load average at the end": os.getloadavg()[0], **environment()}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(where | results, indent=1) + "\n", encoding="utf-8")
