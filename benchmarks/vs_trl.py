@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -209,8 +209,12 @@ def work_trl(job: Job, work: Workload, turn: Turn, device: str) -> None:
 
 
 @contextmanager
-def widened() -> Iterator[None]:
-    """Casts to float32, in TRL's kernels as in transformers' norms, are casts to float64: both sides alike."""
+def casts(wide: bool) -> Iterator[None]:
+    """With `wide`, casts to float32, in TRL's kernels and in transformers' norms, are casts to float64, on both sides.
+    Not while models are loaded: files hold real float32."""
+    if not wide:
+        yield
+        return
     with (
         mock.patch.object(torch, "float32", torch.float64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
@@ -218,7 +222,7 @@ def widened() -> Iterator[None]:
         yield
 
 
-def loss_ours(job: Job, given: Row) -> tuple[torch.Tensor, torch.nn.Module]:
+def loss_ours(job: Job, given: Row, wide: bool) -> tuple[torch.Tensor, torch.nn.Module]:
     """Our loss on given rows, with what differs from TRL set to the same: no correction for the sampler's log-probs
     (TRL has none without vLLM); mean over the batch's tokens and clipping at 0.2 are both sides' defaults."""
     root = Path(job.directory)
@@ -237,15 +241,16 @@ def loss_ours(job: Job, given: Row) -> tuple[torch.Tensor, torch.nn.Module]:
         run = StageRun(root / "run")
         loss = dense_loss(Distill(**common), teacher, student.vocab_size, float(sum(lengths)), run)
     total = torch.zeros((), dtype=torch.float64)
-    for micro in micro_batches(batch, max_tokens=64, share=student.shares_prefixes):
-        terms, _ = loss(states(student, micro), student.padded_head, micro)
-        part = torch.stack([term.coef / term.denominator * term.total for term in terms]).sum()
-        part.backward()
-        total += part.detach()
+    with casts(wide):
+        for micro in micro_batches(batch, max_tokens=64, share=student.shares_prefixes):
+            terms, _ = loss(states(student, micro), student.padded_head, micro)
+            part = torch.stack([term.coef / term.denominator * term.total for term in terms]).sum()
+            part.backward()
+            total += part.detach()
     return total, student.module
 
 
-def loss_trl(job: Job, work: Workload, given: Row) -> tuple[torch.Tensor, torch.nn.Module]:
+def loss_trl(job: Job, work: Workload, given: Row, wide: bool) -> tuple[torch.Tensor, torch.nn.Module]:
     """TRL's `_compute_loss` on the same rows: prompts padded on the left, completions on the right."""
     trainer = trl_trainer(job, work, "cpu", double=True)
     trainer.model.train()
@@ -260,18 +265,18 @@ def loss_trl(job: Job, work: Workload, given: Row) -> tuple[torch.Tensor, torch.
     inputs |= dict(zip(("completion_ids", "completion_mask"), padded(given["completions"], False), strict=True))
     count = inputs["completion_mask"].sum()
     inputs |= {"advantages": torch.tensor(given["advantages"], dtype=torch.float64), "num_items_in_batch": count}
-    if job.method == "grpo":
-        loss = trainer._compute_loss(trainer.model, inputs)
-    else:
-        loss = trainer._compute_loss(trainer.model, inputs, count)[0]
-    loss.backward()
+    with casts(wide):
+        if job.method == "grpo":
+            loss = trainer._compute_loss(trainer.model, inputs)
+        else:
+            loss = trainer._compute_loss(trainer.model, inputs, count)[0]
+        loss.backward()
     return loss.detach(), trainer.model
 
 
 def work_losses(job: Job, work: Workload, wide: bool) -> None:
     given = json.loads((Path(job.directory) / "rows.json").read_text())
-    with widened() if wide else nullcontext():
-        loss, module = loss_ours(job, given) if job.side == "headwater" else loss_trl(job, work, given)
+    loss, module = loss_ours(job, given, wide) if job.side == "headwater" else loss_trl(job, work, given, wide)
     found = {name: p.grad.double() for name, p in module.named_parameters() if p.grad is not None}
     save_file({"loss": loss.double().reshape(1), **found}, Path(job.directory) / f"{job.side}.safetensors")
 

@@ -68,7 +68,7 @@ def add_ends(module: Qwen3ForCausalLM, hazard: float) -> None:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
     head[END] = 0
-    hidden = module.model(torch.randint(FIRST, len(head), (4, 64)), use_cache=False)[0].flatten(0, 1)
+    hidden = module.model(torch.randint(FIRST, len(head), (4, 128)), use_cache=False)[0].flatten(0, 1)
     others = (hidden @ head[FIRST:].T).logsumexp(1).double()
     low, high = -100.0, 100.0
     while high - low > 1e-6:
