@@ -254,6 +254,7 @@ def loss_trl(job: Job, work: Workload, given: Row, wide: bool) -> tuple[torch.Te
     """TRL's `_compute_loss` on the same rows: prompts padded on the left, completions on the right."""
     trainer = trl_trainer(job, work, "cpu", double=True)
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # as its train() would, with all rows in one micro-batch
 
     def padded(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
         side, tensors = "left" if left else "right", [torch.tensor(row) for row in rows]
