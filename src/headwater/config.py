@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from headwater.arms import METHODS, PRESETS, Arm, Name, StageName, arm_stages
-from headwater.execution import Execution
+from headwater.execution import Execution, Served
 from headwater.methods import (
     GRPO,
     SFT,
@@ -27,6 +27,7 @@ from headwater.methods import (
     TeacherRollouts,
     Warmup,
     needs_answers,
+    needs_weights,
 )
 from headwater.overrides import explain, merge, override
 
@@ -50,6 +51,7 @@ __all__ = [
     "Pool",
     "Probe",
     "Recipe",
+    "Served",
     "TeacherRollouts",
     "Tuning",
     "Variant",
@@ -195,6 +197,7 @@ class Recipe(Frozen):
                     )
         self._check_idle()
         self._check_tuning()
+        self._check_served()
         return self
 
     def _check_arm(self, name: str) -> None:
@@ -238,6 +241,24 @@ class Recipe(Frozen):
                 raise ValueError(
                     f"arm {name!r}: match_flops needs schedule = 'constant', since its steps are not known"
                 )
+
+    def _check_served(self) -> None:
+        taught = {name: arm for name, arm in self.arms.items() if arm.teacher != "none"}
+        models = {arm.teacher_model for arm in taught.values()}
+        if self.execution.teacher is not None and (len(models) != 1 or "student" in models):
+            raise ValueError(
+                f"[execution.teacher] serves one model that only teaches, but the arms' teachers are {sorted(models)}"
+            )
+        for name, arm in taught.items() if self.execution.teacher is not None else ():
+            for stage in arm_stages(arm):
+                change = None if stage == "student_rl" else needs_weights(self.settings(name, stage))
+                if stage.startswith("teacher"):
+                    change = "it is frozen, so teacher = 'raw' or 'given'"
+                if change is not None:
+                    raise ValueError(
+                        f"arm {name!r}, [stages.{stage}]: a served teacher gives top-k log-probs at temperature 1 "
+                        f"and samples: {change}; or remove [execution.teacher]"
+                    )
 
     def _is_endpoint(self, name: str) -> bool:
         arm, _, stage = name.partition("/")

@@ -9,6 +9,19 @@ from pydantic import Field, field_validator
 from headwater.methods import Frozen
 
 
+class Served(Frozen):
+    """A teacher behind a vLLM server (docs/algorithms.md, "A teacher served elsewhere")."""
+
+    url: str = Field(pattern=r"^https?://")
+    """As clients of the OpenAI protocol are given it: `http://HOST:8000/v1`."""
+    model: str = ""
+    """Its name there; unset = the server's base model."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Of a request: the completions of one prompt, or the scores of one completion."""
+    requests: int = Field(default=32, ge=1)
+    """Under way at once."""
+
+
 class Execution(Frozen):
     """How the work is done; recorded, never part of a stage's key."""
 
@@ -49,6 +62,8 @@ class Execution(Frozen):
     """Compile the decoder layers on CUDA: updates and scoring become faster, the first takes half a minute longer."""
     spread_teacher: bool = False
     """Lay a frozen teacher's layers out over all visible GPUs (needs accelerate: `pip install headwater[gguf]`)."""
+    teacher: Served | None = None
+    """Who samples and scores for a frozen teacher, whose weights are then not loaded here."""
 
     @field_validator("executor")
     @classmethod

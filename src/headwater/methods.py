@@ -218,6 +218,8 @@ class SFT(TeacherRollouts):
 
 
 Divergence = Literal["reverse_kl", "jsd", "forward_kl", "sampled_token", "sampled_sequence", "constant"]
+EXACT = ("reverse_kl", "forward_kl", "jsd")
+"""Those that are taken between distributions, not on drawn tokens."""
 
 
 class Distill(Method):
@@ -237,12 +239,15 @@ class Distill(Method):
     """`tokens`: teacher and student share their tokenizer. `spans`: they do not, and the teacher's scores are carried
     over the shortest spans of text that both spell in whole tokens: an approximation (docs/algorithms.md)."""
     stored_top_k: int = Field(default=0, ge=0)
-    """With `spans`, how many of the teacher's likeliest tokens are mapped to the student's."""
+    """0: the teacher's whole distributions; k: its top-k + tail mass. With `spans`, how many of its likeliest tokens
+    are mapped to the student's."""
 
     @model_validator(mode="after")
     def _aligned(self) -> Distill:
-        if (self.alignment == "spans") != (self.stored_top_k > 0):
-            raise ValueError("stored_top_k is for alignment = 'spans', which needs it > 0")
+        if self.alignment == "spans" and not self.stored_top_k:
+            raise ValueError("alignment = 'spans' needs stored_top_k > 0: how many of the teacher's tokens to map")
+        if self.stored_top_k and self.divergence not in EXACT:
+            raise ValueError(f"stored_top_k has no effect with divergence = {self.divergence!r}: remove it")
         if self.alignment == "spans" and self.divergence != "reverse_kl":
             raise ValueError(f"alignment = 'spans' knows divergence = 'reverse_kl' only, not {self.divergence!r}")
         _check_gate(self)
@@ -278,6 +283,20 @@ class Joint(GRPO):
 def _check_gate(settings: Warmup | Distill) -> None:
     if settings.alignment == "spans" and settings.gate and settings.gate.watch == "kl":
         raise ValueError("gate: watch = 'kl' compares token by token, which alignment = 'spans' cannot: watch 'score'")
+
+
+def needs_weights(settings: Method) -> str | None:
+    """What to change so that a stage can do with top-k log-probs of its teacher at temperature 1; None if it can."""
+    if not isinstance(settings, Warmup | Distill):
+        return None if isinstance(settings, SFT) else "use warmup, distill or sft in place of joint"
+    if settings.temperature != 1:
+        return "set temperature = 1, since without the tail no other follows"
+    if settings.alignment == "spans":
+        return "set alignment = 'tokens'"
+    if settings.gate is not None and settings.gate.watch == "kl":
+        return "set gate.watch = 'score'"
+    sampled = isinstance(settings, Distill) and settings.divergence not in EXACT
+    return None if settings.stored_top_k or sampled else "set stored_top_k > 0"
 
 
 MethodConfig = Annotated[GRPO | Warmup | Distill | SFT | Joint, Field(discriminator="method")]

@@ -247,7 +247,7 @@ def memory(
         kept = 2 * shape.layers * shape.kv_heads * shape.head_dim * wide
         # Growing the cache copies a layer; a draw holds log-probs in float32, masses and their sums in float64.
         cache = max(cache, rows * (prompt + limit) * kept * (1 + 1 / shape.layers) + rows * shape.vocab * 28)
-    held = 0.0 if teacher is None else teacher.parameters * (2 if _teacher_wide(node) == 2 else 4)
+    held = 0.0 if teacher is None or execution.teacher else teacher.parameters * (2 if _teacher_wide(node) == 2 else 4)
     if not isinstance(node, StageSpec) or not done:
         return Memory(base, start.parameters * wide, 0, held, 0, 0, cache)
     masters = 4 * start.trained if wide == 2 else 0

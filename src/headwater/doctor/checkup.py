@@ -13,8 +13,10 @@ from headwater.doctor.prompts import Patient
 from headwater.grading.pool import GraderPool
 from headwater.models import template
 from headwater.models.language_model import LanguageModel, wrap
+from headwater.models.server import ask
+from headwater.rollouts.batch import Batch
 from headwater.rollouts.sampler import Sampling, TransformersSampler
-from headwater.scoring.log_probs import View
+from headwater.scoring.log_probs import View, served_scores
 from headwater.stages.node import model_directory
 from headwater.store import Store
 from headwater.tasks import load_task
@@ -74,6 +76,8 @@ def checkup(recipe: Recipe) -> tuple[Material | None, list[Finding]]:
             kinds = _alignments(recipe, role)
             pair = lambda p=patient, k=kinds: prompts.check_pair(got.patients["student"], p, some, k)  # noqa: E731 -- as above
             findings += [replace(f, name=f"student and {role}: {f.name}") for f in guarded("tokens", pair)]
+            if recipe.execution.teacher is not None:
+                findings += guarded(f"{role}: server", lambda p=patient: _server(recipe, p))
     counts = getattr(got.task, "counts", {})  # tasks from files have them
     findings += guarded("data", lambda: data.check_data(got.train, got.test, counts, golds=_has_golds(got)))
     findings += guarded("grader", lambda: _grader(got))
@@ -111,6 +115,25 @@ def _has_golds(material: Material) -> bool:
     return not own or any(p.answer for p in material.train)
 
 
+def _server(recipe: Recipe, teacher: Patient) -> Iterator[Finding]:
+    """That it has the model, spells as the tokenizer here does, and sends as many log-probs as the stages ask for."""
+    served, text = recipe.execution.teacher, "\n".join(prompts.TRICKY)
+    assert served is not None
+    theirs = ask(served, "/tokenize", {"prompt": text, "add_special_tokens": False}, lambda answer: answer["tokens"])
+    if theirs != template.plain(teacher.tokenizer, text):
+        raise ValueError(
+            f"the model at {served.url} has other ids for a text than the tokenizer of {teacher.config.source}: serve "
+            "that model, or give the teacher the source of the one that is served"
+        )
+    stages = [recipe.settings(name, stage) for name, arm in recipe.arms.items() for stage in arm_stages(arm)]
+    k, probe = max(getattr(s, "stored_top_k", 0) for s in stages), template.plain(teacher.tokenizer, "12 + 34 = 46")
+    try:
+        served_scores(served, len(teacher.tokenizer), Batch([probe[:1]], [probe[1:]]), k, View(1.0, 1, 1))
+    except ValueError as error:
+        raise ValueError(f"{error}; stages ask for {k} log-probs a token: start it with --max-logprobs {k}") from None
+    yield Finding("ok", f"{teacher.role}: server", f"{served.url} answers, with {k} log-probs a token")
+
+
 def _grader(material: Material) -> Iterator[Finding]:
     labelled = [p for p in material.train if p.answer is not None][: MEASURED // 2]
     if labelled and _has_golds(material):
@@ -138,7 +161,8 @@ def examine(recipe: Recipe, store: Store, *, problems: int = 16, rewards: bool =
     some = list(got.train[:problems])
     texts = [m.content for p in some for m in p.messages] + [p.answer or "" for p in some]
     models: dict[str, LanguageModel] = {}
-    for role, patient in got.patients.items():
+    here = {r: p for r, p in got.patients.items() if r == "student" or recipe.execution.teacher is None}
+    for role, patient in here.items():
 
         def check(role: str = role, patient: Patient = patient) -> Iterator[Finding]:
             loaded = weights.load(patient, recipe.execution)
@@ -148,7 +172,7 @@ def examine(recipe: Recipe, store: Store, *, problems: int = 16, rewards: bool =
                 models[role] = wrap(loaded.module, patient.tokenizer, patient.config)
 
         findings += guarded(f"{role}: weights", check)
-    if models.keys() != got.patients.keys():
+    if models.keys() != here.keys():
         return findings
     findings += guarded("room", lambda: weights.check_room(models, trained(recipe), recipe.execution, store.root))
     return findings + guarded("samples", lambda: _behave(got, models, some, rewards))

@@ -17,7 +17,8 @@ from headwater.evals.statistics import majority, pass_at_k
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts.batch import Batch
-from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.rollouts.sampler import Sampling
+from headwater.rollouts.served import sampler_for
 from headwater.spec import EvaluationSpec
 from headwater.tasks.benchmarks import provenance
 from headwater.types import Grade, Problem, Rollout, Verdict
@@ -50,7 +51,7 @@ def evaluate(
     if path is not None and path.exists():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         meter.restore(rows[-1]["meter"])
-    sampler = TransformersSampler(model, max_tokens=max_tokens)
+    sampler = sampler_for(model, max_tokens=max_tokens)
     sampling = Sampling(
         ("evaluate", seed),
         settings.samples,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from headwater.config import LoRA, ModelConfig
+from headwater.config import LoRA, ModelConfig, Served
 from headwater.flops import Shape, shape_of
 from headwater.models import template
 from headwater.models.lora import add_adapters, check_installed, without_adapters
@@ -62,6 +63,8 @@ class LanguageModel:
     """Where the weights were read from."""
     without_adapters: bool = False
     """Run the frozen weights alone: the reference of a policy that shares its module."""
+    served: Served | None = None
+    """Where the weights are; `module` then has shapes alone."""
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +206,16 @@ def load_model(
     return compile_layers(model) if compile and model.device.type == "cuda" and not spread else model
 
 
+def load_served(config: ModelConfig, directory: Path, served: Served) -> LanguageModel:
+    """A model whose weights a server has: tokenizer and shape, from a directory that needs no weights; raises as
+    `load_model` does."""
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).eval().requires_grad_(False)
+    with suppress(OSError):  # without the file, what transformers makes of config.json
+        module.generation_config = GenerationConfig.from_pretrained(directory)
+    return replace(wrap(module, AutoTokenizer.from_pretrained(directory), config), served=served)
+
+
 def adapt(model: LanguageModel, settings: LoRA, seed: str | int) -> LanguageModel:
     """The model, its weights frozen, with new adapters put into its module; raises as `lora.add_adapters` does."""
     model.module.requires_grad_(False)
@@ -237,7 +250,8 @@ def wrap(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Mo
     model = LanguageModel(
         module, tokenizer, config, end_ids(module.generation_config, tokenizer, config), len(tokenizer)
     )
-    _check_plain_head(model)
+    if module.device.type != "meta":
+        _check_plain_head(model)
     _ = model.shape  # a model whose FLOPs cannot be counted fails here, and not after its first completions
     return model
 

@@ -14,7 +14,8 @@ from headwater.mesh import Mesh
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel, check_same_tokenizer
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches, states, unflatten
-from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.rollouts.sampler import Sampling
+from headwater.rollouts.served import sampler_for
 from headwater.scoring.log_probs import View, hidden_scores
 from headwater.types import Problem, Rollout
 
@@ -96,7 +97,7 @@ def sample_for(
     meter: Meter | None = None,
 ) -> list[Rollout]:
     """Rollouts to look at, never to train on; counted as `evaluated` where a meter is given."""
-    sampler = TransformersSampler(model, max_tokens=max_tokens, mesh=mesh)
+    sampler = sampler_for(model, max_tokens=max_tokens, mesh=mesh)
     rollouts = sampler.sample(problems, sampling)
     if meter is not None:
         sizes = Batch.of(rollouts).sizes

@@ -15,10 +15,12 @@ from headwater import checkpoint
 from headwater.config import Distill, Joint, TeacherRollouts, Warmup
 from headwater.losses.dense import dense_divergence
 from headwater.mesh import Mesh
+from headwater.methods import EXACT
 from headwater.models.language_model import LanguageModel
 from headwater.monitors.health import repetition
 from headwater.rollouts.batch import Batch, MicroBatch, executed_work, micro_batches
-from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.rollouts.sampler import Sampling
+from headwater.rollouts.served import AnySampler, sampler_for
 from headwater.run import StageRun
 from headwater.scoring.log_probs import hidden_scores, stored_scores
 from headwater.types import Grade, Problem, Rollout, Verdict
@@ -27,7 +29,6 @@ from headwater.update import Loss, Term
 T = TypeVar("T")
 GIVEN_UP = ("timeout", "memory", "error")
 """Reasons that say nothing about the completion."""
-EXACT = ("reverse_kl", "forward_kl", "jsd")
 AUDITED = 32
 """Rollouts of a step that a second grader sees, at most."""
 DENSE, SPARSE = 3, 4
@@ -92,7 +93,7 @@ def grade_sharded(grade: Grade, completions: list[tuple[Problem, str]], mesh: Me
     return mesh.gather(grade(mesh.shard(completions)))
 
 
-def count_sampled(run: StageRun, sampler: TransformersSampler, rollouts: Sequence[Rollout], group_size: int) -> None:
+def count_sampled(run: StageRun, sampler: AnySampler, rollouts: Sequence[Rollout], group_size: int) -> None:
     """Meter what was just sampled: completions, and each group's prompt once as prefilled."""
     shape, sizes = sampler.model.shape, Batch.of(rollouts).sizes
     run.meter.add("sampled", shape, sizes, sampler.decoded)
@@ -100,7 +101,10 @@ def count_sampled(run: StageRun, sampler: TransformersSampler, rollouts: Sequenc
 
 
 def count_scored(run: StageRun, model: LanguageModel, batch: Batch, micros: Sequence[MicroBatch] | None = None) -> None:
-    """Meter a frozen model's look at a batch: in these micro-batches, or in those that `score_tokens` makes."""
+    """Meter a frozen model's look at a batch: in these micro-batches, or in those that `score_tokens` makes;
+    of one that is served elsewhere, no more than was needed."""
+    if model.served is not None:
+        return run.meter.add("scored", model.shape, batch.sizes)
     if micros is None:
         tokens, share = run.execution.micro_batch_tokens, model.shares_prefixes
         micros = micro_batches(batch.shard(run.mesh), max_tokens=tokens, share=share)
@@ -168,7 +172,7 @@ def teacher_rollouts(
             run.meter.restore(rows[0]["meter"])
         return [Rollout(**row) for row in rows[1:]]
     group = settings.rollouts_per_problem
-    sampler = TransformersSampler(teacher, max_tokens=run.execution.sampler_tokens, mesh=run.mesh)
+    sampler = sampler_for(teacher, max_tokens=run.execution.sampler_tokens, mesh=run.mesh)
     sampling = Sampling(("teacher", seed), group, settings.max_new_tokens, settings.temperature)
     with run.meter.timed("sampled"):
         rollouts = sampler.sample(problems, sampling)

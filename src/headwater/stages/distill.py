@@ -9,16 +9,16 @@ import torch
 from headwater.config import Distill
 from headwater.losses.policy import clipped_policy_gradient, sampled_reverse_kl
 from headwater.losses.projection import token_logprobs
+from headwater.methods import EXACT
 from headwater.models.language_model import LanguageModel, check_same_tokenizer
 from headwater.rollouts import streams
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
-from headwater.scoring.log_probs import View, score_tokens
+from headwater.scoring.log_probs import View, score_tokens, top_k_scores
 from headwater.scoring.weights import token_weights
 from headwater.stages.common import (
     DENSE,
-    EXACT,
     SPARSE,
     check_pool,
     count_sampled,
@@ -91,6 +91,11 @@ def train(
                 with run.meter.timed("scored"):
                     mine = mine.with_fields(teacher=score_tokens(teacher, mine, view))
             loss = sampled_loss(settings, student.vocab_size, denominator, ex.chunk_tokens)
+        elif k := settings.stored_top_k:
+            assert teacher is not None
+            with run.meter.timed("scored"):
+                mine = top_k_scores(teacher, mine, k, view)
+            loss = dense_loss(settings, None, student.vocab_size, denominator, run)
         else:
             loss = dense_loss(settings, teacher, student.vocab_size, denominator, run)
         share = student.shares_prefixes and (teacher is None or teacher.shares_prefixes)
@@ -100,7 +105,7 @@ def train(
             clip = settings.optimizer.max_grad_norm
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
         if teacher is not None:
-            count_scored(run, teacher, scored, micros if dense and pair is None else None)
+            count_scored(run, teacher, scored, None if settings.stored_top_k or not dense else micros)
         count_trained(run, student, batch, micros, DENSE if dense else SPARSE)
 
         run.log(step, settings.steps, {**rollout_metrics(rollouts), **metrics})

@@ -28,7 +28,7 @@ from headwater.ledger import Ledger
 from headwater.mesh import Mesh, join
 from headwater.meter import Meter, total
 from headwater.models.gguf import convert_gguf
-from headwater.models.language_model import LanguageModel, check_same_tokenizer, load_model
+from headwater.models.language_model import LanguageModel, check_same_tokenizer, load_model, load_served
 from headwater.monitors.closeness import closeness
 from headwater.probe.measure import measure
 from headwater.probe.rule import Situation, judge
@@ -135,8 +135,13 @@ def select(problems: Problems, share: float | None = None) -> list[Problem]:
 def open_model(
     ref: ModelRef, store: Store, execution: Execution, *, trained: bool = False, stage: StageSpec | None = None
 ) -> LanguageModel:
-    """The model behind a reference, from the store or from its source; with adapters where `stage` trains those."""
+    """The model behind a reference, from the store or from its source; with adapters where `stage` trains those.
+
+    One that is not trained is left where it is, where `execution` names a server: only who asks that teacher has one.
+    """
     directory = store.model(ref.stage) if ref.stage is not None else model_directory(ref.config.source)
+    if execution.teacher is not None and not trained:
+        return load_served(ref.config, directory, execution.teacher)
     return load_model(
         ref.config,
         directory,
@@ -355,8 +360,8 @@ def _closeness(job: Job, policy: LanguageModel, teacher: LanguageModel | None, m
     node, execution = job.spec, job.execution
     if teacher is None or job.monitor is None or not execution.monitor_problems or not isinstance(node, StageSpec):
         return None
-    if getattr(node.settings, "alignment", "tokens") == "spans":
-        return None  # a KL token by token needs one tokenizer
+    if teacher.served or getattr(node.settings, "alignment", "tokens") == "spans":
+        return None  # a KL token by token needs one tokenizer, and the teacher's whole distribution
     prompts = [p.unlabelled() for p in select(job.monitor.problems)[: execution.monitor_problems]]
     view = View(1.0, execution.micro_batch_tokens, execution.chunk_tokens)
 

@@ -50,7 +50,7 @@ def model_key(ref: ModelRef) -> str:
 def calibrate(recipe: Recipe, graph: Graph, store: Store, *, measure: bool = True) -> Calibration | None:
     """Measured once for models, prompts, settings and device and kept in the store; None when it is not there and
     `measure` is off. Prompts are looked at, answers are not."""
-    uses = _uses(graph)
+    uses = _uses(graph, served=recipe.execution.teacher is not None)
     threads = recipe.execution.threads or (1 if recipe.execution.executor != "inline" else torch.get_num_threads())
     names = {"micro_batch_tokens", "sampler_tokens", "chunk_tokens", "compile", "gradient_checkpointing"}
     execution = recipe.execution.model_dump(include=names)
@@ -92,13 +92,13 @@ def calibrate(recipe: Recipe, graph: Graph, store: Store, *, measure: bool = Tru
     return found
 
 
-def _uses(graph: Graph) -> dict[str, tuple[ModelRef, StageSpec]]:
-    """Every base model that writes, with the stage in which its completions may be longest."""
+def _uses(graph: Graph, *, served: bool = False) -> dict[str, tuple[ModelRef, StageSpec]]:
+    """Every base model that writes here, with the stage in which its completions may be longest."""
     found: dict[str, tuple[ModelRef, StageSpec]] = {}
     for node in graph.nodes.values():
         if not isinstance(node, StageSpec) or not pool_size(node):
             continue
-        for ref in filter(None, [node.start, node.teacher]):
+        for ref in filter(None, [node.start, None if served else node.teacher]):
             key = model_key(ref)
             if key not in found or node.settings.max_new_tokens > found[key][1].settings.max_new_tokens:
                 found[key] = (ref, node)

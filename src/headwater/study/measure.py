@@ -123,7 +123,7 @@ def probe_pair(recipe: Recipe, arm: str | None, store: Store) -> dict[str, Any]:
     """
     node = probe_node(recipe, arm or next((name for name, a in recipe.arms.items() if a.teacher != "none"), ""))
     store.check_writable()
-    run_node(Job(node, recipe.execution), store)
+    run_node(Job(node, recipe.execution.model_copy(update={"teacher": None})), store)
     outcome = store.outcome(spec.key(node))
     billed = {"distinct": outcome["distinct"], "revealed": outcome["revealed"]}
     models = {"teacher": node.teacher.name, "student": node.start.name}

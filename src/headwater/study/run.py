@@ -49,8 +49,9 @@ ROUNDING = (
     "chunk_tokens",
     "gradient_checkpointing",
     "compile",
+    "teacher",
 )
-"""Keys of `[execution]` on which the order of sums depends."""
+"""Keys of `[execution]` on which the order of sums depends, or who makes them."""
 REFRESH_S, RESULTS_S = 3.0, 30.0
 """How old copies of a running node's files, and the results so far, may grow while a study runs."""
 
@@ -214,10 +215,12 @@ def to_jobs(recipe: Recipe, graph: Graph) -> dict[str, Job]:
         execution = execution.model_copy(update={"threads": 1})
     execution = execution.model_copy(update={"project": execution.project or recipe.name})
     monitored = bool(execution.eval_every or execution.monitor_problems)
-    return {
-        key: Job(node, execution, graph.monitors[node.seed] if monitored and isinstance(node, StageSpec) else None)
-        for key, node in graph.nodes.items()
-    }
+    # What does not ask the teacher is not executed otherwise because of where it is.
+    alone, nodes = execution.model_copy(update={"teacher": None}), graph.nodes.items()
+    taught = [node.teacher for _, node in nodes if isinstance(node, StageSpec) and node.teacher]
+    asks = {key: bool(n.teacher) if isinstance(n, StageSpec) else n.start in taught for key, n in nodes}
+    monitors = {key: graph.monitors[n.seed] for key, n in nodes if monitored and isinstance(n, StageSpec)}
+    return {key: Job(node, execution if asks[key] else alone, monitors.get(key)) for key, node in nodes}
 
 
 def executed_otherwise(jobs: dict[str, Job], store: Store) -> dict[str, list[str]]:
