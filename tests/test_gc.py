@@ -14,7 +14,6 @@ from typer.testing import CliRunner, Result
 from headwater import spec
 from headwater.cli import app
 from headwater.config import load_recipe
-from headwater.report.gc import human
 from headwater.run import lease
 from headwater.stages.node import run_node
 from headwater.store import Store
@@ -232,8 +231,3 @@ def test_checkpoints_of_an_unfinished_node_stay(place: Path):
     assert not [i for i in gc.survey(store, None, place / "cache").items if i.key == key]
     gc.remove(item, store)
     assert item.path.exists(), "it was finished at the survey and is not any more"
-
-
-def test_bytes_for_people():
-    shown = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 5 * 2**20: "5.0 MiB", 3 * 2**29: "1.5 GiB", 2**42: "4096.0 GiB"}
-    assert {n: human(n) for n in shown} == shown

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ Sets = Annotated[
 ]
 StoreDir = Annotated[Path | None, typer.Option("--store", help="Where finished stages live (default: per-user data).")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME).")]
+Form = Annotated[Literal["text", "json"], typer.Option("--format", help="For people, or for programs.")]
 On = Annotated[str | None, typer.Option("--on", help="Executor: inline or local:N.", metavar="EXECUTOR")]
 
 
@@ -50,8 +52,7 @@ def run(
 ) -> None:
     """Run a study; the same command goes on where it was stopped."""
     with _explained():
-        overrides = [*(set_ or []), *([f'execution.executor="{on}"'] if on else [])]
-        _run(load_recipe(recipe, overrides), out, store, dry, strict)
+        _run(_loaded(recipe, set_, on), out, store, dry, strict)
 
 
 @app.command()
@@ -64,15 +65,20 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Ask the real models, for tens of seconds.")
     ] = True,
-    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    form: Form = "text",
     store: StoreDir = None,
 ) -> None:
     """Say what a study will cost before it runs: steps, labels, tokens, FLOPs, memory, time and price."""
     with _explained():
         loaded = load_recipe(recipe, set_ or [])
-        from headwater.report.terminal import show_plan
+        from headwater.report.terminal import print_plan
+        from headwater.study.calibrate import calibrate as measured
+        from headwater.study.graph import plan as to_graph
+        from headwater.study.outlook import outlook, profile_of
 
-        show_plan(console, loaded, _store(store), profile, form, calibrated=calibrate)
+        device, graph = profile_of(profile) if profile else None, to_graph(loaded)
+        found = outlook(loaded, graph, measured(loaded, graph, _store(store), measure=calibrate), device)
+        _print(form, found, lambda: print_plan(console, loaded, found))
 
 
 @app.command()
@@ -83,13 +89,7 @@ def resume(
 ) -> None:
     """Go on with the run in a directory."""
     with _explained():
-        _run(
-            load_recipe(directory / "recipe.toml", [f'execution.executor="{on}"'] if on else []),
-            directory,
-            store,
-            dry=False,
-            strict=False,
-        )
+        _run(_loaded(directory / "recipe.toml", None, on), directory, store, dry=False, strict=False)
 
 
 @app.command()
@@ -102,7 +102,7 @@ def tune(
 ) -> None:
     """Try the recipe's grid of learning rates, the same for every stage, on its tuning problems."""
     with _explained():
-        loaded = load_recipe(recipe, [*(set_ or []), *([f'execution.executor="{on}"'] if on else [])])
+        loaded = _loaded(recipe, set_, on)
         from headwater.report.terminal import Progress, print_tuning
         from headwater.study.tune import tune as tune_rates
 
@@ -121,7 +121,7 @@ def doctor(
         bool, typer.Option("--reward-sample/--no-reward-sample", help="Grade samples: looks at their answers.")
     ] = True,
     offline: Annotated[bool, typer.Option("--offline", help="Take models and data from the caches only.")] = False,
-    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    form: Form = "text",
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
     store: StoreDir = None,
 ) -> None:
@@ -129,17 +129,12 @@ def doctor(
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     with _explained():
-        if form not in ("text", "json"):
-            raise ValueError(f"--format {form}: use text or json")
         loaded = load_recipe(recipe, set_ or [])
         from headwater.doctor.checkup import examine
         from headwater.report.terminal import print_findings
 
         found = examine(loaded, _store(store), problems=problems, rewards=rewards)
-        if form == "json":
-            typer.echo(json.dumps([asdict(f) for f in found], indent=1))
-        else:
-            print_findings(console, found)
+        _print(form, [asdict(f) for f in found], lambda: print_findings(console, found))
     if {"error", "warning" if strict else "error"} & {f.level for f in found}:
         raise typer.Exit(1)
 
@@ -151,13 +146,11 @@ def probe(
     problems: Annotated[int | None, typer.Option(help="Labelled problems to look at (default: [probe]).")] = None,
     samples: Annotated[int | None, typer.Option(help="Completions of each.")] = None,
     arm: Annotated[str | None, typer.Option(help="Whose pair (default: the first arm with a teacher).")] = None,
-    format_: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    form: Form = "text",
     store: StoreDir = None,
 ) -> None:
     """Say, before labels are spent, whether they should go to the teacher; a sample of them is spent on it."""
     with _explained():
-        if format_ not in ("text", "json"):
-            raise ValueError(f"--format {format_}: use text or json")
         given = {"problems": problems, "samples": samples}
         changes = [f"probe.{name}={value}" for name, value in given.items() if value is not None]
         loaded = load_recipe(recipe, [*(set_ or []), *changes])
@@ -165,7 +158,7 @@ def probe(
         from headwater.study.measure import probe_pair
 
         found = probe_pair(loaded, arm, _store(store))
-        typer.echo(json.dumps(found, indent=1) if format_ == "json" else as_text(found))
+        _print(form, found, lambda: typer.echo(as_text(found)))
 
 
 @app.command(name="eval")
@@ -185,12 +178,10 @@ def eval_(
     store: StoreDir = None,
     out: Annotated[Path | None, typer.Option(help="Directory for results.json and the samples.")] = None,
     lm_eval: Annotated[Path | None, typer.Option(help="Directory for files as lm-evaluation-harness has them.")] = None,
-    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    form: Form = "text",
 ) -> None:
     """Evaluate a model on a recipe's evaluations or on benchmarks; the same command goes on where it was stopped."""
     with _explained():
-        if form not in ("text", "json"):
-            raise ValueError(f"--format {form}: use text or json")
         from headwater.report.measured import print_measured, write_lm_eval, write_measured
         from headwater.report.terminal import Progress
         from headwater.study.measure import evaluate_model, of_benchmarks
@@ -213,10 +204,7 @@ def eval_(
             write_measured(found, out)
         if lm_eval:
             write_lm_eval(found, lm_eval)
-        if form == "json":
-            typer.echo(json.dumps(found, indent=1))
-        else:
-            print_measured(console, model, found)
+        _print(form, found, lambda: print_measured(console, model, found))
 
 
 @app.command(name="audit-grader")
@@ -252,17 +240,14 @@ def overlap(
     set_: Sets = None,
     threshold: Annotated[float, typer.Option(help="What counts as overlap, a share in (0, 1].")] = 0.8,
     examples: Annotated[int, typer.Option(help="Pairs to show of each kind.")] = 3,
-    form: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    form: Form = "text",
 ) -> None:
     """Show training problems that resemble evaluation problems, and how long prompts and solutions are in tokens."""
     with _explained():
         from headwater.report.data import print_survey, survey
 
         found = survey(load_recipe(recipe, set_ or []), threshold, examples)
-        if form == "json":
-            typer.echo(json.dumps(found, indent=1))
-        else:
-            print_survey(console, found)
+        _print(form, found, lambda: print_survey(console, found))
 
 
 @app.command()
@@ -280,12 +265,8 @@ def export(
 
     with _explained():
         export_model(directory, arm, seed, to, _store(store), dtype=dtype, adapter=adapter)
-        load = (
-            f"PeftModel.from_pretrained(base, {str(to)!r})"
-            if adapter
-            else f"AutoModelForCausalLM.from_pretrained({str(to)!r})"
-        )
-        console.print(f"{to}: load it with {load}", soft_wrap=True)
+        loader = "PeftModel.from_pretrained(base, " if adapter else "AutoModelForCausalLM.from_pretrained("
+        console.print(f"{to}: load it with {loader}{str(to)!r})", soft_wrap=True)
 
 
 @app.command()
@@ -341,20 +322,15 @@ def gc(
 def compare(
     a: Annotated[Path, typer.Argument(help="A run directory.", metavar="A")],
     b: Annotated[Path, typer.Argument(help="Another one.", metavar="B")],
-    format_: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    form: Form = "text",
 ) -> None:
     """Say how two runs differ: configuration, code, data, and the numbers on what both were measured on."""
     with _explained():
+        from headwater.report.compare import compare as compare_runs
         from headwater.report.compare import print_comparison
-        from headwater.study.compare import compare as compare_runs
 
-        if format_ not in ("text", "json"):
-            raise ValueError(f"--format {format_}: use text or json")
         found = compare_runs(a, b)
-        if format_ == "json":
-            typer.echo(json.dumps(found, indent=1))
-        else:
-            print_comparison(console, found)
+        _print(form, found, lambda: print_comparison(console, found))
 
 
 @app.command(hidden=True)
@@ -366,6 +342,17 @@ def stage(spec: Annotated[Path, typer.Argument(help="A node's spec.json.")], sto
         kept = _store(store)
         kept.check_writable()
         run_node(Job.from_json(spec.read_text(encoding="utf-8")), kept)
+
+
+def _loaded(path: Path, overrides: list[str] | None, executor: str | None) -> Recipe:
+    return load_recipe(path, [*(overrides or []), *([f'execution.executor="{executor}"'] if executor else [])])
+
+
+def _print(form: str, found: object, for_people: Callable[[], None]) -> None:
+    if form == "json":
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        for_people()
 
 
 def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict: bool) -> None:

@@ -18,6 +18,7 @@ CHAINS = {
     "sft_control": ("teacher_rl", "sft"),
 }
 METHOD = {"teacher_rl": "grpo", "student_rl": "grpo", "warmup": "warmup", "distill": "distill", "sft": "sft"}
+REASONS = {"correct": 20, "wrong": 42, "timeout": 2}
 LEVEL = {"direct": 0.33, "bridge": 0.41, "bridge_rl": 0.45, "sft_control": 0.27}
 RECIPE = """name = "made"
 note = "A study that no machine ran: <numbers> & names are made up."
@@ -141,7 +142,8 @@ def metrics(node: dict[str, Any], step: int, time: float) -> dict[str, Any]:
 def _node(directory: Path, place: str, node: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "spec.json", {"spec": {"kind": node["kind"]}})
-    _write(directory / "done.json", {"key": place})
+    result = {"result": {"reasons": REASONS}} if node["kind"] == "evaluate" else {}
+    _write(directory / "done.json", {"key": place, **result})
     if node["kind"] == "stage":
         _lines(directory / "metrics.jsonl", [metrics(node, step, START + step) for step in range(40)])
         return
@@ -174,7 +176,7 @@ def result(place: str, mean: float) -> dict[str, Any]:
     return {
         "avg@k": mean, "k": 2, "num_problems": 32, "pass@k": {"1": mean, "8": mean + 0.4}, "parsed": 0.98,
         "truncated": 0.01,
-        "reasons": {"correct": 20, "wrong": 42, "timeout": 2}, "styles": {"worked": {"share": 1.0, "accuracy": mean}},
+        "reasons": REASONS, "styles": {"worked": {"share": 1.0, "accuracy": mean}},
         "per_problem": f"evals/{place}.json",
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 from made_run import compared
 
 from headwater.report.directory import Run
-from headwater.report.headline import further, headlines, mean_over_seeds, points, prediction, sentence, signed
+from headwater.report.headline import further, headlines, mean_over, points, prediction, sentence, signed
 
 
 def bill(labels: int, tokens: int) -> dict[str, Any]:
@@ -116,5 +116,5 @@ def test_numbers_read_well():
     assert (points(0.08149), points(-0.021), points(-0.0001)) == ("8.1", "−2.1", "0.0")
     assert (signed(0.038), signed(-0.021), signed(-0.0001), signed(0)) == ("+3.8", "−2.1", "+0.0", "+0.0")
     arm = {"seeds": {"0": bill(10, 100), "1": bill(20, 300)}}
-    assert mean_over_seeds(arm, "labels", "revealed") == 30
-    assert mean_over_seeds(arm, "cost", "tokens") == 200
+    assert mean_over(list(arm["seeds"].values()), "labels", "revealed") == 30
+    assert mean_over(list(arm["seeds"].values()), "cost", "tokens") == 200

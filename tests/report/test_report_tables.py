@@ -39,33 +39,6 @@ def test_stage_rows_carry_their_own_bill_and_accuracy(tmp_path: Path):
     assert next(r for r in rows if r.name == "direct").below == ()  # one stage: the arm itself
 
 
-def test_old_summaries_are_completed_from_the_seeds(tmp_path: Path):
-    root = made_run.make(tmp_path)
-    found = json.loads((root / "results.json").read_text())
-    for row in [*found["models"].values(), *found["arms"].values()]:
-        if "summary" in row:
-            row["summary"]["chains"] = {k: row["summary"]["chains"][k] for k in ("mean", "ci95", "over")}
-    for arm in found["arms"].values():
-        del arm["stages"]
-        for seed in arm["seeds"].values():
-            del seed["by_stage"]
-    (root / "results.json").write_text(json.dumps(found))
-    bridge = next(r for r in tables.arm_rows(read(root), "chains") if r.name == "bridge")
-    assert bridge.unparsed == pytest.approx(0.02) and bridge.wrong == pytest.approx(0.98 - 0.41)
-    assert bridge.passes["8"][0] == pytest.approx(0.81) and bridge.passes["8"][1] == (None, None)
-    assert bridge.styles == {"worked": (1.0, pytest.approx(0.41))} and bridge.gap is None
-    assert tables.interval(*bridge.passes["8"]) == "81.0"
-
-
-def test_styles_weigh_accuracy_by_share():
-    evals = [
-        {"styles": {"worked": {"share": 0.9, "accuracy": 0.5}}},
-        {"styles": {"worked": {"share": 0.1, "accuracy": 1.0}, "bare": {"share": 0.4, "accuracy": None}}},
-    ]
-    found = tables._styles(None, evals)
-    assert found["worked"] == (pytest.approx(0.5), pytest.approx(0.55)) and found["bare"] == (pytest.approx(0.2), 0.0)
-
-
 def test_csv_has_one_row_per_model_or_arm_and_task(tmp_path: Path):
     rows = list(csv.DictReader(io.StringIO(tables.as_csv(read(made_run.make(tmp_path, at_work=True))))))
     assert [row["name"] for row in rows][-2:] == ["bridge_rl", "sft_control"] and len(rows) == 7

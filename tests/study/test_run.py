@@ -12,6 +12,7 @@ from conftest import Done  # pyright: ignore -- pytest puts it on the path
 from safetensors.torch import load_file
 
 from headwater.config import load_recipe
+from headwater.report.compare import compare
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
 from headwater.study.executors import Event
@@ -360,3 +361,9 @@ def test_tuning_tries_one_grid_on_every_stage_and_bills_it(mini: Path, tmp_path:
     assert found["labels"] == {"distinct": 4 + 2, "revealed": 4 * 4 + 4 * 2 * 2}
     with pytest.raises(ValueError, match=r"no \[tuning\]"):
         tune(load_recipe(mini), tmp_path / "none", store)
+
+
+def test_a_run_compared_with_itself(done: Done):
+    found = compare(done.out, done.out)
+    assert found["stages"] == {"same": 5, "a": 5, "b": 5} and found["not_compared"] == []
+    assert {r["name"] for r in found["differences"]} == {"base student", "base teacher", "direct", "bridge", "finished"}

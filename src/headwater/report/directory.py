@@ -75,10 +75,8 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether results.json holds every arm; runs written before it said so count as complete when all nodes are."""
-        if "complete" in self.results:
-            return bool(self.results["complete"])
-        return bool(self.results) and all(node.state == "done" for node in self.nodes.values())
+        """Whether results.json holds every arm."""
+        return bool(self.results.get("complete"))
 
     def rows(self, key: str, name: str) -> Rows:
         """Rows of one of a node's JSONL files."""
@@ -93,8 +91,6 @@ def read(root: Path) -> Run:
         raise ValueError(f"{root} holds no run (no recipe.toml, stages.json or results.json): give a run directory")
     recipe_text = _text(root / "recipe.toml")
     stages, events = read_json(root / "stages.json"), read_rows(root / "events.jsonl")
-    arms = stages.get("arms", {})
-    nodes = _nodes(root, stages.get("nodes", {}), events)
     return Run(
         root=root,
         recipe=_toml(recipe_text),
@@ -102,10 +98,10 @@ def read(root: Path) -> Run:
         environment=read_json(root / "environment.json"),
         results=read_json(root / "results.json"),
         events=events,
-        nodes=nodes,
-        arms=arms,
-        requested=stages.get("requested") or sum(len(keys) for seeds in arms.values() for keys in seeds.values()),
-        unchecked=list(stages.get("unchecked", [])),
+        nodes=_nodes(root, stages.get("nodes", {}), events),
+        arms=stages.get("arms", {}),
+        requested=stages.get("requested", 0),
+        unchecked=stages.get("unchecked", []),
     )
 
 
@@ -160,10 +156,6 @@ def _nodes(root: Path, described: Mapping[str, Mapping[str, Any]], events: Rows)
     told = _states(events)
     nodes = {}
     for key, row in described.items():
-        stage, _, seed = str(row.get("title", key)).rpartition(", seed ")
-        parents, steps = row.get("parents"), row.get("steps")
-        if parents is None:
-            parents, steps = _from_spec(read_json(root / "nodes" / key / "spec.json").get("spec", {}))
         state, error, started, seconds = told.get(key, ("to do", "", None, None))
         if (root / "nodes" / key / "done.json").exists():
             state = "done"
@@ -172,13 +164,13 @@ def _nodes(root: Path, described: Mapping[str, Mapping[str, Any]], events: Rows)
             state = "stopped"
         nodes[key] = Node(
             key=key,
-            title=str(row.get("title", key)),
-            kind=str(row.get("kind", "stage")),
-            method=str(row.get("label", "")),
-            stage=str(row.get("stage") or stage),
-            seed=str(row.get("seed", seed)),
-            parents=tuple(parents),
-            steps=steps,
+            title=row["title"],
+            kind=row["kind"],
+            method=row["label"],
+            stage=row["stage"] or row["title"].rpartition(", seed ")[0],
+            seed=str(row["seed"]),
+            parents=tuple(row["parents"]),
+            steps=row["steps"],
             state=state,
             error=error or (_last_line(root / "nodes" / key / "error.txt") if state == "failed" else ""),
             started=started,
@@ -188,14 +180,9 @@ def _nodes(root: Path, described: Mapping[str, Mapping[str, Any]], events: Rows)
 
 
 def _metered(path: Path) -> Number | None:
-    """Seconds on the meter of a node that ended elsewhere, or before events were kept."""
+    """Seconds on the meter of a node that another run directory saw."""
     roles = read_json(path).get("meter", {}).values()
-    return sum(role.get("seconds", 0) for role in roles) or None
-
-
-def _from_spec(spec: Mapping[str, Any]) -> tuple[list[str], int | None]:
-    refs = [spec.get(role) or {} for role in ("start", "teacher")]
-    return [ref["stage"] for ref in refs if ref.get("stage")], (spec.get("settings") or {}).get("steps")
+    return sum(role["seconds"] for role in roles) or None
 
 
 def _states(events: Sequence[Mapping[str, Any]]) -> dict[str, tuple[State, str, Number | None, Number | None]]:

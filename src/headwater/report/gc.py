@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from headwater.assets import cache_dir
@@ -38,8 +39,8 @@ def sweep(console: Console, runs: Sequence[Path], store: Store, *, unused: bool,
         )
     found = survey(store, named(kept) if kept else None, cache_dir())
     console.print(
-        f"{store.root}: {found.num_nodes} nodes, {human(found.num_bytes)}; {len(found.held)} held by a process, which "
-        f"are left alone; {len(kept)} run directories say what is needed",
+        f"{store.root}: {found.num_nodes} nodes, {decimal(found.num_bytes)}; {len(found.held)} held by a process, "
+        f"which are left alone; {len(kept)} run directories say what is needed",
         markup=False,
     )
     table = Table("what", "how many", "size", "training to do again")
@@ -50,7 +51,7 @@ def sweep(console: Console, runs: Sequence[Path], store: Store, *, unused: bool,
         table.add_row(
             MEANING[kind],
             "not known" if unknown else str(len(items)),
-            "" if unknown else human(sum(item.num_bytes for item in items)),
+            "" if unknown else decimal(sum(item.num_bytes for item in items)),
             "" if unknown else hours,
         )
     console.print(table)
@@ -58,26 +59,20 @@ def sweep(console: Console, runs: Sequence[Path], store: Store, *, unused: bool,
     if unused:
         for item in chosen:
             if item.kind not in SAFE:
-                console.print(f"  {item.key}  {human(item.num_bytes):>9}  {item.title}", markup=False)
+                console.print(f"  {item.key}  {decimal(item.num_bytes):>9}  {item.title}", markup=False)
     if yes:
         _remove(console, chosen, store)
     else:
         console.print(
-            f"nothing was removed: --yes removes {len(chosen)} of these, {human(sum(i.num_bytes for i in chosen))}"
+            f"nothing was removed: --yes removes {len(chosen)} of these, {decimal(sum(i.num_bytes for i in chosen))}"
             + ("" if unused else "; unused nodes go with --unused only, since runs in other places may need them"),
             markup=False,
         )
 
 
-def human(num_bytes: int) -> str:
-    """Bytes in the largest unit that keeps them at or over 1."""
-    power = min((num_bytes.bit_length() - 1) // 10, 3) if num_bytes else 0
-    return f"{num_bytes} B" if not power else f"{num_bytes / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
-
-
 def _remove(console: Console, items: Sequence[Item], store: Store) -> None:
     gone = [item for item in items if remove(item, store)]
-    console.print(f"removed {len(gone)}, {human(sum(item.num_bytes for item in gone))}", markup=False)
+    console.print(f"removed {len(gone)}, {decimal(sum(item.num_bytes for item in gone))}", markup=False)
     for item in items:
         if item not in gone:
             console.print(f"left alone, a process holds it now: {item.path}", markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,37 +112,30 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def mean_over_seeds(arm: Mapping[str, Any], *path: str) -> Number:
-    """Mean over an arm's seeds of a number in its rows, such as `("labels", "distinct")`; tokens add up over roles."""
-    values = []
-    for seed in arm["seeds"].values():
-        value = seed
-        for name in path:
-            value = value[name]
-        values.append(sum(value.values()) if isinstance(value, Mapping) else value)
-    return sum(values) / len(values)
+def mean_over(bills: Sequence[Mapping[str, Any]], part: str, name: str) -> Number:
+    """Mean of a number in some bills, such as `labels`, `distinct`; tokens add up over roles."""
+    values = [bill[part][name] for bill in bills]
+    return sum(sum(v.values()) if isinstance(v, Mapping) else v for v in values) / len(values)
+
+
+def _means(run: Run, names: tuple[str, str], part: str, name: str) -> dict[str, Number]:
+    """Mean over seeds of those arms in `names` that are finished."""
+    arms = run.results.get("arms", {})
+    return {arm: mean_over(list(arms[arm]["seeds"].values()), part, name) for arm in names if arm in arms}
 
 
 def _labels(run: Run, first: str, second: str) -> str:
-    arms = run.results.get("arms", {})
-    used = {name: round(mean_over_seeds(arms[name], "labels", "distinct")) for name in (first, second) if name in arms}
+    used = {name: round(mean) for name, mean in _means(run, (first, second), "labels", "distinct").items()}
     if len(set(used.values())) == 1 and len(used) == 2:
         return f" at {plural(used[first], 'label')}"
     return "".join(f" {'against' if i else 'with'} {plural(n, 'label')}" for i, n in enumerate(used.values()))
 
 
 def _cost(run: Run, first: str, second: str, subject: str) -> str:
-    arms = run.results.get("arms", {})
-    if first not in arms or second not in arms:
+    spent = _means(run, (first, second), "cost", "tokens")
+    if len(spent) < 2 or not all(spent.values()):
         return ""
-    spent, other = (mean_over_seeds(arms[name], "cost", "tokens") for name in (first, second))
-    if not spent or not other:
-        return ""
-    ratio = spent / other
+    ratio = spent[first] / spent[second]
     if 0.95 < ratio < 1.05:
         return f"; {subject} costs about as many tokens"
-    return (
-        f"; {subject} costs {ratio:.2g} times the tokens"
-        if ratio < 10
-        else f"; {subject} costs {ratio:,.0f} times the tokens"
-    )
+    return f"; {subject} costs {f'{ratio:.2g}' if ratio < 10 else f'{ratio:,.0f}'} times the tokens"

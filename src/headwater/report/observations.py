@@ -21,7 +21,8 @@ C2 = {
 
 def health(run: Run) -> list[str]:
     """`STAGE of ARMS, seed N: what is wrong`, one line each."""
-    return [f"{_title(group, node)}: {line}" for group, node in _nodes(run) for line in warnings(_rows(run, node))]
+    seen = [(_title(group, node), run.rows(node.key, "metrics.jsonl")) for group, node in _nodes(run)]
+    return [f"{title}: {line}" for title, rows in seen for line in warnings(rows)]
 
 
 def gates(run: Run) -> list[str]:
@@ -59,10 +60,6 @@ def _change(seen: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
 
 def _nodes(run: Run) -> list[tuple[Group, Node]]:
     return [(group, node) for group in groups(run) for node in group.nodes]
-
-
-def _rows(run: Run, node: Node) -> list[dict[str, Any]]:
-    return run.rows(node.key, "metrics.jsonl")
 
 
 def _title(group: Group, node: Node) -> str:

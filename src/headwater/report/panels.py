@@ -55,21 +55,16 @@ def efficiency(run: Run, task: str) -> Panel | None:
         for slot, (arm, rows) in enumerate(curves.items())
     ]
     budgets = sorted({p[0] for s in series for p in s.points})
-    rules = _bases(run, task)
     x = log_axis(budgets, "labels in the pool (log scale)", count, at=budgets)
-    y = _shares(series, rules)
     alt = f"Accuracy on {task} against labels. " + "; ".join(
         f"{s.name}: {', '.join(f'{points(p[1])} % at {count(p[0])}' for p in s.points)}" for s in series
     )
-    cells = [
-        (count(b), *(interval(*_at(s, b)) for s in series))
-        for b in budgets
-    ]  # fmt: skip
+    cells = [(count(b), *(interval(*_at(s, b)) for s in series)) for b in budgets]
     head = ("labels", *(s.name for s in series))
     return Panel(
         f"Accuracy against labels, {task}",
         "Mean over seeds; the band is the 95 % interval of the mean. Dashed lines: untrained models.",
-        chart(series, x, y, alt, height=320, rules=rules),
+        _accuracies(run, task, series, x, alt),
         legend(series),
         Table(f"Accuracy on {task} by labels, % [95 %]", head, tuple(cells)),
     )
@@ -86,9 +81,7 @@ def cost(run: Run, task: str) -> Panel | None:
     if not rows:
         return None
     series = [Series(r.name, slot, (_cost_point(r),), line=False) for slot, r in enumerate(rows)]
-    rules = _bases(run, task)
     x = log_axis([p[0] for s in series for p in s.points], "training FLOPs, mean over seeds (log scale)", flops)
-    y = _shares(series, rules)
     alt = f"Accuracy on {task} against training FLOPs. " + "; ".join(
         f"{r.name}: {interval(r.mean, r.ci95)} % at {flops(r.flops)}FLOP" for r in rows
     )
@@ -97,7 +90,7 @@ def cost(run: Run, task: str) -> Panel | None:
         f"Accuracy against cost, {task}",
         "Whiskers are 95 % intervals. Cost counts every stage of an arm, the teacher's included. "
         "Dashed lines: untrained models.",
-        chart(series, x, y, alt, height=320, rules=rules),
+        _accuracies(run, task, series, x, alt),
         legend(series),
         Table(f"Accuracy on {task} and cost", ("arm", "accuracy, % [95 %]", "FLOPs", "tokens"), cells),
     )
@@ -108,18 +101,16 @@ def _cost_point(row: ArmRow) -> Point:
     return (row.flops, row.mean, *row.ci95)
 
 
-def _bases(run: Run, task: str) -> list[tuple[Number, str]]:
-    return [(r.mean, r.name) for r in arm_rows(run, task) if r.role == "base" and r.mean is not None]
+def _accuracies(run: Run, task: str, series: Sequence[Series], x: Axis, alt: str) -> Markup:
+    """A chart whose heights are accuracies; intervals that reach beyond 0 or 1 do not stretch it."""
+    rules = [(r.mean, r.name) for r in arm_rows(run, task) if r.role == "base" and r.mean is not None]
+    heights = [*_heights(series), *(value for value, _ in rules)]
+    y = linear_axis([min(max(value, 0), 1) for value in heights], "accuracy, %", scale=100)
+    return chart(series, x, y, alt, height=320, rules=rules)
 
 
 def _heights(series: Sequence[Series]) -> list[Number]:
     return [v for s in series for p in s.points for v in p[1:] if v is not None]
-
-
-def _shares(series: Sequence[Series], rules: Sequence[tuple[Number, str]]) -> Axis:
-    """An axis for accuracies; intervals that reach beyond 0 or 1 do not stretch it."""
-    heights = _heights(series) + [value for value, _ in rules]
-    return linear_axis([min(max(value, 0), 1) for value in heights], "accuracy, %", scale=100)
 
 
 def learning(run: Run) -> list[StageCurves]:

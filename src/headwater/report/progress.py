@@ -52,8 +52,8 @@ def progress(run: Run, now: Number) -> Progress:
             remaining.append(_usual(node, nodes))
     at_once = max(len(running), 1)
     known = [value for value in remaining if value is not None]
-    alive = [row["time"] for rows in metrics.values() for row in rows if "time" in row]
-    news = max([event["time"] for event in run.events if event.get("time") is not None] + alive, default=None)
+    alive = [row["time"] for rows in [run.events, *metrics.values()] for row in rows]
+    news = max(alive, default=None)
     return Progress(
         counts=counts,
         total=len(nodes),
@@ -76,10 +76,9 @@ def _kind(node: Node) -> tuple[str, str]:
 
 
 def _left(node: Node, rows: Sequence[Mapping[str, Any]], nodes: Sequence[Node], now: Number) -> Number | None:
-    done = rows[-1].get("step", -1) + 1 if rows else 0
-    if node.steps and len(rows) > 1 and rows[-1].get("time", 0) > rows[0].get("time", 0):
+    if node.steps and len(rows) > 1 and rows[-1]["time"] > rows[0]["time"]:
         pace = (rows[-1]["time"] - rows[0]["time"]) / max(rows[-1]["step"] - rows[0]["step"], 1)
-        return pace * (node.steps - done)
+        return pace * (node.steps - rows[-1]["step"] - 1)
     usual = _usual(node, nodes)
     return None if usual is None else max(usual - (now - node.started if node.started is not None else 0), 0.0)
 
@@ -87,5 +86,4 @@ def _left(node: Node, rows: Sequence[Mapping[str, Any]], nodes: Sequence[Node], 
 def _running(node: Node, rows: Sequence[Mapping[str, Any]], left: Number | None) -> Running:
     last = rows[-1] if rows else {}
     latest = ", ".join(f"{name} {last[name]:.3g}" for name in LATEST if isinstance(last.get(name), int | float))
-    step = last["step"] + 1 if "step" in last else None
-    return Running(node.title, step, node.steps, latest, left)
+    return Running(node.title, last["step"] + 1 if rows else None, node.steps, latest, left)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from headwater.report.directory import Run
+from headwater.report.directory import Run, read_json
 from headwater.report.headline import plural
 from headwater.report.tables import Table, count, share, when
 
@@ -62,7 +63,7 @@ def cases(run: Run, task: str) -> Cases | None:
     answered = {}
     for model, by_seed in files:
         if seed in by_seed and (rows := run.rows(by_seed[seed], "samples.jsonl")):
-            answered[model] = {str(row.get("problem")): row for row in rows if "texts" in row}
+            answered[model] = {row["problem"]: row for row in rows}
     problems: dict[str, Mapping[str, Any]] = {}
     for rows in answered.values():
         for problem, row in rows.items():
@@ -70,8 +71,8 @@ def cases(run: Run, task: str) -> Cases | None:
     shown = [
         Case(
             problem,
-            "\n\n".join(str(message.get("content", "")) for message in row.get("prompt", [])),
-            str(row.get("answer", "")),
+            "\n\n".join(message["content"] for message in row["prompt"]),
+            row["answer"],
             tuple(_answers(model, rows[problem]) for model, rows in answered.items() if problem in rows),
         )
         for problem, row in list(problems.items())[:SHOWN_PROBLEMS]
@@ -82,35 +83,24 @@ def cases(run: Run, task: str) -> Cases | None:
 def _evaluations(run: Run, task: str) -> list[tuple[str, dict[str, str]]]:
     """(name, seed -> evaluation's key), in the order in which they are shown."""
     models, arms = run.results.get("models", {}), run.results.get("arms", {})
-    base = [(row["role"], row.get("evals", {})) for row in models.values() if row["role"] == "base student"]
-    taught: dict[str, dict[str, Any]] = {}
-    for row in models.values():
-        if row["role"] == "trained teacher":
-            taught.setdefault("trained teacher", {})
-            for seed, evals in row.get("evals", {}).items():
-                taught["trained teacher"].setdefault(seed, evals)
-    ends = [(name, {s: row.get("evals", {}) for s, row in arm["seeds"].items()}) for name, arm in arms.items()]
-    found = []
-    for name, by_seed in [*base, *taught.items(), *ends]:
-        keys = {s: PurePosixPath(evals[task]["per_problem"]).stem for s, evals in by_seed.items() if task in evals}
-        found.append((name, keys))
-    return found
+    base = [(row["role"], row["evals"]) for row in models.values() if row["role"] == "base student"]
+    taught = [row["evals"] for row in models.values() if row["role"] == "trained teacher"]
+    first = {seed: evals for by_seed in reversed(taught) for seed, evals in by_seed.items()}
+    ends = [(name, {seed: row["evals"] for seed, row in arm["seeds"].items()}) for name, arm in arms.items()]
+    return [
+        (name, {seed: PurePosixPath(evals[task]["per_problem"]).stem for seed, evals in by_seed.items()})
+        for name, by_seed in [*base, ("trained teacher", first), *ends]
+    ]
 
 
 def _answers(model: str, row: Mapping[str, Any]) -> Answers:
     samples = []
-    for i, text in enumerate(row["texts"][:SHOWN_SAMPLES]):
-        said = _get(row, "reasons", i) or "not graded"
-        style, finished = _get(row, "styles", i), _get(row, "finished", i)
-        words = [said, *([style] if style else []), *(["cut by the length limit"] if finished is False else [])]
+    shown = zip(row["texts"], row["reasons"], row["styles"], row["finished"], row["correct"], strict=True)
+    for text, reason, style, finished, correct in islice(shown, SHOWN_SAMPLES):
+        words = [reason, *([style] if style else []), *([] if finished else ["cut by the length limit"])]
         left = max(0, len(text) - SHOWN_CHARACTERS)
-        samples.append(Sample(text[:SHOWN_CHARACTERS], ", ".join(words), bool(_get(row, "correct", i)), left))
-    return Answers(model, sum(row.get("correct", [])), len(row["texts"]), tuple(samples))
-
-
-def _get(row: Mapping[str, Any], name: str, index: int) -> Any:
-    values = row.get(name, [])
-    return values[index] if index < len(values) else None
+        samples.append(Sample(text[:SHOWN_CHARACTERS], ", ".join(words), correct, left))
+    return Answers(model, sum(row["correct"]), len(row["texts"]), tuple(samples))
 
 
 def failures(run: Run) -> list[tuple[str, str]]:
@@ -139,7 +129,8 @@ def grading(run: Run) -> Table | None:
     logged: dict[str, list[Mapping[str, float]]] = {}
     for key, node in run.nodes.items():
         title = node.title.partition(", seed ")[0]
-        counted.setdefault(title, []).append(_reasons(run, key))
+        result = read_json(run.root / "nodes" / key / "done.json").get("result", {})
+        counted.setdefault(title, []).append(result.get("reasons", {}))
         logged.setdefault(title, []).extend(r for r in run.rows(key, "metrics.jsonl") if "grader/frac_timeout" in r)
     rows = []
     for title, found in counted.items():
@@ -152,12 +143,3 @@ def grading(run: Run) -> Table | None:
             rows.append((title, *(f"{share(mean)} %" for mean in means), "rollouts, mean over steps"))
     head = ("node", "timeouts", "memory", "errors", "of")
     return Table("Gradings that gave out; they count as wrong", head, tuple(rows)) if rows else None
-
-
-def _reasons(run: Run, key: str) -> Mapping[str, int]:
-    for row in [*run.results.get("models", {}).values(), *run.results.get("arms", {}).values()]:
-        for seed in (row.get("seeds") or row.get("evals") or {}).values():
-            for result in seed.get("evals", seed).values():
-                if isinstance(result, Mapping) and str(result.get("per_problem", "")).endswith(f"{key}.json"):
-                    return result.get("reasons", {})
-    return {}

@@ -6,12 +6,12 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from headwater.report.directory import Number, Run
-from headwater.report.headline import decisions, further, headlines, mean_over_seeds, points, prediction, signed
+from headwater.report.headline import decisions, further, headlines, mean_over, points, prediction, signed
 
 Role = Literal["base", "teacher", "stage", "arm"]
 Bound = tuple[Number | None, Number | None]
@@ -51,16 +51,13 @@ class ArmRow:
     flops: Number | None = None
     seconds: Number | None = None
     stages: tuple[str, ...] = ()
-    below: tuple[ArmRow, ...] = field(default=())
+    below: tuple[ArmRow, ...] = ()
     """The arm's rows stage by stage."""
 
 
 def tasks(run: Run) -> list[str]:
-    """Evaluations in the recipe's order, then any that only the results know."""
-    found = list(run.recipe.get("evaluations", {}))
-    for row in [*run.results.get("models", {}).values(), *run.results.get("arms", {}).values()]:
-        found += [task for task in row.get("summary", {}) if task not in found]
-    return found
+    """Evaluations in the recipe's order."""
+    return list(run.recipe.get("evaluations", {}))
 
 
 def arm_rows(run: Run, task: str) -> list[ArmRow]:
@@ -76,38 +73,34 @@ def arm_rows(run: Run, task: str) -> list[ArmRow]:
 
 
 def _model_row(row: Mapping[str, Any], name: str, role: Role, task: str) -> ArmRow:
-    evals = [seed[task] for seed in row.get("evals", {}).values() if task in seed]
-    return _row(name, role, task, row.get("summary", {}).get(task), evals)
+    return _row(name, role, task, row["summary"][task], len(row["evals"]))
 
 
 def _arm_row(run: Run, name: str, task: str) -> ArmRow:
     arm = run.results["arms"][name]
-    evals = [seed["evals"][task] for seed in arm["seeds"].values() if task in seed.get("evals", {})]
-    row = _row(name, "arm", task, arm.get("summary", {}).get(task), evals)
-    bill = {
-        "distinct": mean_over_seeds(arm, "labels", "distinct"),
-        "revealed": mean_over_seeds(arm, "labels", "revealed"),
-        "tokens": mean_over_seeds(arm, "cost", "tokens"),
-        "flops": mean_over_seeds(arm, "cost", "flops"),
-        "seconds": mean_over_seeds(arm, "cost", "seconds"),
-        "stages": tuple(arm.get("stages", ())) or tuple(_stage_of(run, k) for k in _first(arm["seeds"])["stages"]),
-    }
-    whole = ArmRow(**{**vars(row), **bill})
-    return ArmRow(**{**vars(whole), "below": tuple(_stage_rows(run, whole, arm, task))})
+    bills = arm["seeds"].values()
+    row = replace(
+        _row(name, "arm", task, arm["summary"][task], len(bills)),
+        **_mean_bill(list(bills)),
+        stages=tuple(arm["stages"]),
+    )
+    return replace(row, below=tuple(_stage_rows(run, row, arm, task)))
+
+
+def _mean_bill(bills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    labels = {name: mean_over(bills, "labels", name) for name in ("distinct", "revealed")}
+    return labels | {name: mean_over(bills, "cost", name) for name in ("tokens", "flops", "seconds")}
 
 
 def _stage_rows(run: Run, row: ArmRow, arm: Mapping[str, Any], task: str) -> list[ArmRow]:
     """Bills of an arm's stages (means over seeds), with the accuracy after each where it was measured."""
-    found = []
+    found, seeds = [], arm["seeds"].values()
     for place, stage in enumerate(row.stages):
-        keys = {s["stages"][place] for s in arm["seeds"].values() if len(s["stages"]) > place}
-        shown = row if place == len(row.stages) - 1 else _after(run, keys, stage, task)
-        bills = [s["by_stage"][place] for s in arm["seeds"].values() if len(s.get("by_stage", ())) > place]
-        mean = {name: _mean([_spent(bill, name) for bill in bills]) for name in ("tokens", "flops", "seconds")}
-        labels = {name: _mean([bill["labels"][name] for bill in bills]) for name in ("distinct", "revealed")}
-        kept = {**vars(shown), "name": stage, "role": "stage", "below": (), "gap": None, "stages": ()}
-        found.append(ArmRow(**{**kept, **mean, **labels}))
-    return found if any(r.tokens is not None or r.mean is not None for r in found) and len(found) > 1 else []
+        last = place == len(row.stages) - 1
+        shown = row if last else _after(run, {seed["stages"][place] for seed in seeds}, stage, task)
+        bill = _mean_bill([seed["by_stage"][place] for seed in seeds])
+        found.append(replace(shown, name=stage, role="stage", gap=None, stages=(), **bill))
+    return found if len(found) > 1 else []
 
 
 def _after(run: Run, keys: set[str], stage: str, task: str) -> ArmRow:
@@ -117,75 +110,32 @@ def _after(run: Run, keys: set[str], stage: str, task: str) -> ArmRow:
         if task in models[key].get("summary", {}):
             return _model_row(models[key], stage, "stage", task)
     for arm in arms.values():
-        if keys & {s["stages"][-1] for s in arm["seeds"].values()} and task in arm.get("summary", {}):
-            ends = [s["evals"][task] for s in arm["seeds"].values() if task in s.get("evals", {})]
-            return _row(stage, "stage", task, arm["summary"][task], ends)
+        if keys & {seed["stages"][-1] for seed in arm["seeds"].values()}:
+            return _row(stage, "stage", task, arm["summary"][task], len(arm["seeds"]))
     return _unfinished(stage, task)
 
 
-def _row(
-    name: str, role: Role, task: str, summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]
-) -> ArmRow:
-    """What the summary does not say is taken from the seeds' evaluations as plain means without intervals."""
-    summary = summary or {}
-    passes: dict[str, tuple[Number, Bound]] = {
-        k: (v["mean"], tuple(v.get("ci95", (None, None)))) for k, v in summary.get("pass@k", {}).items()
-    }
-    for k in evals[0].get("pass@k", {}) if evals and not passes else ():
-        passes[k] = (sum(e["pass@k"][k] for e in evals) / len(evals), (None, None))
-    parsed, right = _mean([e["parsed"] for e in evals if "parsed" in e]), summary.get("mean")
-    wrong = None if parsed is None or right is None else parsed - right
-    unparsed = None if parsed is None else 1 - parsed
+def _row(name: str, role: Role, task: str, summary: Mapping[str, Any], num_seeds: int) -> ArmRow:
     gap = summary.get("gap_recovery")
     return ArmRow(
         name=name,
         role=role,
         task=task,
-        mean=right,
-        ci95=tuple(summary.get("ci95", (None, None))),
-        over=summary.get("over", ""),
-        num_seeds=len(evals),
-        passes=passes,
-        unparsed=summary.get("unparsed", unparsed),
-        wrong=summary.get("wrong", wrong),
-        truncated=summary.get("truncated", _mean([e["truncated"] for e in evals if "truncated" in e])),
-        styles=_styles(summary.get("styles"), evals),
-        gap=(gap["value"], tuple(gap["ci95"])) if gap and gap.get("value") is not None else None,
+        mean=summary["mean"],
+        ci95=tuple(summary["ci95"]),
+        over=summary["over"],
+        num_seeds=num_seeds,
+        passes={k: (row["mean"], tuple(row["ci95"])) for k, row in summary["pass@k"].items()},
+        unparsed=summary["unparsed"],
+        wrong=summary["wrong"],
+        truncated=summary["truncated"],
+        styles={name: (row["share"], row["accuracy"]) for name, row in summary["styles"].items()},
+        gap=(gap["value"], tuple(gap["ci95"])) if gap else None,
     )
-
-
-def _styles(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Number, Number]]:
-    """Style -> (share of the samples, accuracy within it); over seeds, accuracy is weighted by the share."""
-    if summary:
-        return {name: (row["share"], row["accuracy"]) for name, row in summary.items()}
-    found: dict[str, tuple[Number, Number]] = {}
-    for name in dict.fromkeys(style for e in evals for style in e.get("styles") or {}):
-        rows = [e["styles"][name] for e in evals if name in (e.get("styles") or {})]
-        share = sum(row["share"] for row in rows)
-        right = sum(row["share"] * (row["accuracy"] or 0) for row in rows)
-        found[name] = (share / len(evals), right / share if share else 0.0)
-    return found
 
 
 def _unfinished(name: str, task: str) -> ArmRow:
     return ArmRow(name, "arm", task, None, (None, None), "", 0, {}, None, None, None, {})
-
-
-def _stage_of(run: Run, key: str) -> str:
-    return run.nodes[key].stage if key in run.nodes else key[:8]
-
-
-def _first(seeds: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(iter(seeds.values()))
-
-
-def _mean(values: Sequence[Number]) -> Number | None:
-    return sum(values) / len(values) if values else None
-
-
-def _spent(bill: Mapping[str, Any], name: str) -> Number:
-    value = bill["cost"][name]
-    return sum(value.values()) if isinstance(value, Mapping) else value
 
 
 def bill_table(run: Run) -> Table | None:
@@ -193,13 +143,12 @@ def bill_table(run: Run) -> Table | None:
     rows = []
     for name, arm in run.results.get("arms", {}).items():
         for seed, bill in arm["seeds"].items():
-            for stage in bill.get("by_stage", ()):
+            for stage in bill["by_stage"]:
                 rows.append((name, seed, stage["stage"], *_labels(stage["labels"])))
-            rows.append((name, seed, "arm (union)" if bill.get("by_stage") else "all stages", *_labels(bill["labels"])))
+            rows.append((name, seed, "arm (union)", *_labels(bill["labels"])))
     if not rows:
         return None
-    if study := run.results.get("study"):
-        rows.append(("whole study", "all", "each stage once", *_labels(study["labels"])))
+    rows.append(("whole study", "all", "each stage once", *_labels(run.results["study"]["labels"])))
     caption = "Label bills: distinct problems whose answers were used, and reveals (using an answer again counts again)"
     return Table(caption, ("arm", "seed", "stage", "distinct", "revealed"), tuple(rows))
 
@@ -270,7 +219,7 @@ def verdict_text(row: Mapping[str, Any]) -> str:
     return name + outcome
 
 
-def interval(mean: Number | None, ci95: Bound, text: Any = points) -> str:
+def interval(mean: Number | None, ci95: Sequence[Number | None], text: Any = points) -> str:
     """`40.5 [37.6, 43.4]` in points; without brackets when there is no interval, a dash when there is nothing."""
     if mean is None:
         return DASH
@@ -355,7 +304,13 @@ def as_csv(run: Run) -> str:
     return out.getvalue()
 
 
-MARKDOWN_HEAD = ("", "accuracy, % [95 %]", "gap recovery", "labels", "reveals", "tokens", "FLOPs", "seconds")
+ARM_HEAD = ("", "accuracy, % [95 %]", "gap recovery", "labels", "reveals", "tokens", "FLOPs", "seconds")
+
+
+def arm_cells(row: ArmRow) -> tuple[str, ...]:
+    """What stands under `ARM_HEAD`."""
+    bill = (count(row.distinct), count(row.revealed), count(row.tokens), flops(row.flops), duration(row.seconds))
+    return (row.name, interval(row.mean, row.ci95), interval(*row.gap) if row.gap else DASH, *bill)
 
 
 def as_markdown(run: Run) -> str:
@@ -365,14 +320,8 @@ def as_markdown(run: Run) -> str:
     lines += [f"{_plain(text)}\n" for row in run.results.get("comparisons", []) if (text := prediction(row))]
     lines += [f"{_plain(text)}\n" for text in decisions(run.results)]
     for task in tasks(run):
-        rows = [
-            (
-                row.name, interval(row.mean, row.ci95), interval(*row.gap) if row.gap else DASH, count(row.distinct),
-                count(row.revealed), count(row.tokens), flops(row.flops), duration(row.seconds),
-            )
-            for row in arm_rows(run, task)
-        ]  # fmt: skip
-        lines += [f"## {task}", "", *_grid(MARKDOWN_HEAD, rows), ""]
+        rows = [arm_cells(row) for row in arm_rows(run, task)]
+        lines += [f"## {task}", "", *_grid(ARM_HEAD, rows), ""]
     if rows := comparison_rows(run):
         lines += ["## Declared comparisons", "", *_grid(COMPARISON_HEAD, rows), ""]
     return "\n".join(lines)

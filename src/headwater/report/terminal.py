@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,24 @@ from headwater.doctor.finding import Finding
 from headwater.report import observations
 from headwater.report.directory import read
 from headwater.report.headline import decisions
-from headwater.report.tables import count, duration, flops
+from headwater.report.tables import (
+    ARM_HEAD,
+    COMPARISON_HEAD,
+    arm_cells,
+    arm_rows,
+    comparison_rows,
+    count,
+    duration,
+    flops,
+    interval,
+)
 from headwater.spec import DecisionSpec, StageSpec
 from headwater.store import Store
 from headwater.study.budget import most_reveals
 from headwater.study.calibrate import calibrate
 from headwater.study.executors import Event, holder
-from headwater.study.graph import Graph, plan
-from headwater.study.outlook import outlook, profile_of
+from headwater.study.graph import Graph
+from headwater.study.outlook import outlook
 from headwater.study.run import executed_otherwise, to_jobs
 
 SHOWN = ("reward/mean", "teacher/reverse_kl", "teacher/forward_kl", "policy/cross_entropy", "eval/avg@k", "tokens/s")
@@ -190,20 +200,6 @@ def _few(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-def show_plan(
-    console: Console, recipe: Recipe, store: Store, profile: str | None, form: str, *, calibrated: bool
-) -> None:
-    """Plan a study and print the plan, for this machine or for a device by name; trains nothing."""
-    if form not in ("text", "json"):
-        raise ValueError(f"--format {form}: use text or json")
-    device, graph = profile_of(profile) if profile else None, plan(recipe)
-    found = outlook(recipe, graph, calibrate(recipe, graph, store, measure=calibrated), device)
-    if form == "json":
-        console.file.write(json.dumps(found, indent=1) + "\n")
-    else:
-        print_plan(console, recipe, found)
-
-
 def plan_table(recipe: Recipe, planned: dict[str, Any]) -> Table:
     """One row for every stage of the first seed, and for every evaluation that costs otherwise."""
     table = Table("node", "steps", "labels", "tokens", "FLOPs", "time", "memory", title="plan: middle (low to high)")
@@ -243,35 +239,20 @@ def print_plan(console: Console, recipe: Recipe, planned: dict[str, Any]) -> Non
 
 def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: Path) -> None:
     """Models, arms and comparisons with intervals, labels, tokens and seconds."""
-    for name, settings in recipe.evaluations.items():
-        table = Table(
-            "", f"avg@{settings.samples} [95 %]", "labels", "reveals", "tokens", "seconds",
-            title=f"{name}: {settings.problems} problems, {len(recipe.seeds)} seeds, mean over seeds",
-        )  # fmt: skip
-        for row in found["models"].values():
-            if "summary" in row:
-                table.add_row(
-                    f"{row['role']} ({row['of']})" if "of" in row else row["role"], _interval(row["summary"][name])
-                )
-        for arm, row in found["arms"].items():
-            bills = list(row["seeds"].values())
-            mean = {
-                "labels": sum(b["labels"]["distinct"] for b in bills) / len(bills),
-                "reveals": sum(b["labels"]["revealed"] for b in bills) / len(bills),
-                "tokens": sum(sum(b["cost"]["tokens"].values()) for b in bills) / len(bills),
-                "seconds": sum(b["cost"]["seconds"] for b in bills) / len(bills),
-            }
-            table.add_row(arm, _interval(row["summary"][name]), *(f"{v:,.0f}" for v in mean.values()), style="bold")
-        console.print(table)
-    for row in found["comparisons"]:
-        low, high = row["ci95"]
-        console.print(
-            f"{row['a']} - {row['b']} on {row['task']}: {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}], "
-            f"p {row['p_adjusted']:.2g} (Holm), over {row['over']}: {row['verdict']}"
-            + (f"; {row['a']} <= {row['b']} + {row['margin']}: {row['outcome']}" if "outcome" in row else ""),
-            markup=False,
-        )
     seen = read(out)
+    for name, settings in recipe.evaluations.items():
+        title = f"{name}: avg@{settings.samples} of {settings.problems} problems, mean over {len(recipe.seeds)} seeds"
+        table = Table(*ARM_HEAD, title=title)
+        for row in arm_rows(seen, name):
+            table.add_row(*arm_cells(row), style="bold" if row.role == "arm" else None)
+            for stage in row.below:
+                table.add_row(*arm_cells(replace(stage, name=f"  {stage.name}")))
+        console.print(table)
+    if rows := comparison_rows(seen):
+        table = Table(*COMPARISON_HEAD, title="declared comparisons")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for line in [*observations.gates(seen), *(f"warning: {line}" for line in observations.health(seen))]:
         console.print(line, markup=False)
     for text in decisions(found):
@@ -285,17 +266,13 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
     )
 
 
-def _interval(summary: dict[str, Any]) -> str:
-    low, high = summary["ci95"]
-    return f"{summary['mean']:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def print_tuning(console: Console, found: dict[str, Any], out: Path) -> None:
     """The grid of learning rates, the best of each stage, and the lines to put into the recipe."""
-    table = Table("stage", *(f"{lr:g}" for lr in found["grid"]), title="avg@k on tuning problems [95 %]")
+    table = Table("stage", *(f"{lr:g}" for lr in found["grid"]), title="avg@k on tuning problems, % [95 %]")
     for stage, rows in found["stages"].items():
-        best = found["chosen"][stage]
-        table.add_row(stage, *(_interval(row) + (" *" if row["lr"] == best else "") for row in rows))
+        marks = [" *" if row["lr"] == found["chosen"][stage] else "" for row in rows]
+        cells = [interval(row["mean"], row["ci95"]) for row in rows]
+        table.add_row(stage, *map(str.__add__, cells, marks))
     console.print(table)
     for stage, lr in found["chosen"].items():
         console.print(f"[stages.{stage}] optimizer = {{ lr = {lr:g} }}", markup=False)
