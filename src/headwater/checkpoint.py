@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from headwater.assets import sha256_file
 
 KEPT = 2
 """Checkpoints kept, so that one that rots on disk costs a period and not the stage."""
@@ -33,7 +34,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[st
             aside / "tensors.safetensors",
         )
         (aside / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        sums = {path.name: sha256(path) for path in sorted(aside.iterdir())}
+        sums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             _sync(path)
@@ -60,7 +61,9 @@ def load_newest(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     back = f"step {steps[-2]}" if len(steps) > 1 else "the start of the stage"
     try:
         sums = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name, value in sums.items() if not (folder / name).exists() or sha256(folder / name) != value]
+        wrong = [
+            name for name, value in sums.items() if not (folder / name).exists() or sha256_file(folder / name) != value
+        ]
     except (OSError, json.JSONDecodeError):
         wrong = ["manifest.json"]
     if wrong:
@@ -92,11 +95,6 @@ def disk_full(folder: Path, what: str) -> OSError:
         f"no space left for {what} in {folder} ({free:.0f} MiB free): free some space, or move the store with --store, "
         "and run the same command again; it resumes from the last whole checkpoint",
     )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _steps(root: Path) -> list[int]:

@@ -62,12 +62,12 @@ def name_of(device: str, threads: int) -> str:
     return f"cpu, {threads} threads"
 
 
-def matmul_peak(device: str, dtype: str, cache: Path | None = None) -> float:
+def matmul_peak(device: str, dtype: str) -> float:
     """FLOP/s of a large square product on this device, the best of several; kept in the user's cache directory.
 
     What a model's FLOPs are divided by for its MFU (arXiv:2204.02311, appendix B), measured instead of a data sheet's.
     """
-    path = (cache or platformdirs.user_cache_path("headwater")) / "matmul_peak.json"
+    path = platformdirs.user_cache_path("headwater") / "matmul_peak.json"
     key = f"{name_of(device, torch.get_num_threads())}, {dtype}, torch {torch.__version__}"
     known: dict[str, float] = {}
     with suppress(OSError, ValueError):

@@ -16,6 +16,11 @@ SMOLLM2 = (
 )
 
 
+@pytest.fixture(autouse=True)
+def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "cache_dir", lambda: tmp_path)
+
+
 def test_only_the_magic_bytes_decide(tmp_path: Path):
     (tmp_path / "part.bin").write_bytes(b"GGUF\x03\x00")
     (tmp_path / "model.gguf").write_bytes(b"ggml")
@@ -23,14 +28,14 @@ def test_only_the_magic_bytes_decide(tmp_path: Path):
     assert not is_gguf(tmp_path / "model.gguf")
     assert not is_gguf(tmp_path)
     with pytest.raises(ValueError, match="is not a GGUF file"):
-        convert_gguf(tmp_path / "model.gguf", cache=tmp_path)
+        convert_gguf(tmp_path / "model.gguf")
 
 
 def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\x00")
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(ValueError, match=r"needs gguf: pip install 'headwater\[gguf\]'"):
-        convert_gguf(tmp_path / "m.gguf", cache=tmp_path)
+        convert_gguf(tmp_path / "m.gguf")
 
 
 def test_converts_once_and_loses_a_race_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -45,8 +50,8 @@ def test_converts_once_and_loses_a_race_quietly(tmp_path: Path, monkeypatch: pyt
             (place / "model.safetensors").write_text("x")
 
     monkeypatch.setattr(gguf, "_write", write)
-    first = convert_gguf(source, dtype=torch.float32, cache=tmp_path)
-    assert convert_gguf(source, dtype=torch.float32, cache=tmp_path) == first
+    first = convert_gguf(source, dtype=torch.float32)
+    assert convert_gguf(source, dtype=torch.float32) == first
     assert len(calls) == 1
     assert [p.name for p in (tmp_path / "converted").iterdir()] == [first.name]
 
@@ -54,13 +59,13 @@ def test_converts_once_and_loses_a_race_quietly(tmp_path: Path, monkeypatch: pyt
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\x00")
     with pytest.raises(Exception):  # noqa: B017 - whatever the reader makes of a truncated file
-        convert_gguf(tmp_path / "m.gguf", cache=tmp_path)
+        convert_gguf(tmp_path / "m.gguf")
     assert list((tmp_path / "converted").iterdir()) == []
 
 
 @pytest.mark.slow
 def test_smollm2_becomes_a_plain_trainable_chat_model(tmp_path: Path):
-    directory = convert_gguf(fetch(SMOLLM2, require_checksum=True), dtype=torch.float32, cache=tmp_path)
+    directory = convert_gguf(fetch(SMOLLM2), dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert model.dtype == torch.float32

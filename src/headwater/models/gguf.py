@@ -26,7 +26,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def convert_gguf(path: Path, *, dtype: torch.dtype = torch.bfloat16, cache: Path | None = None) -> Path:
+def convert_gguf(path: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Directory with weights of `dtype`, configuration, tokenizer and chat template, readable by plain transformers.
 
     Converted once per file content and dtype (14-90 s, about 2 bytes a parameter in bfloat16), then found in the cache;
@@ -37,7 +37,7 @@ def convert_gguf(path: Path, *, dtype: torch.dtype = torch.bfloat16, cache: Path
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'headwater[gguf]'")
-    root = cache_dir(cache) / "converted"
+    root = cache_dir() / "converted"
     target = root / f"{sha256_file(path)}-{str(dtype).removeprefix('torch.')}-{LAYOUT}"
     if target.exists():
         return target

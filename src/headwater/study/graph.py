@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -92,7 +91,7 @@ class _Planner:
         self.recipe, self.offline, self.graph = recipe, offline, Graph()
         self._tasks: dict[str, Task | None] = {}
         self._data: dict[tuple[str, str], Sequence[Problem]] = {}
-        self._held_out: list[list[Problem]] = []
+        self._held_out: dict[str, list[Problem]] = {}
         self._overlapping: dict[str, tuple[str, ...]] = {}
         self._models: dict[str, ModelRef] = {role: self._ref(model) for role, model in recipe.models.items()}
         self._check_data()
@@ -235,7 +234,7 @@ class _Planner:
         for name, settings in recipe.evaluations.items():
             spec_of_task = settings.task or recipe.task
             grader = self._grader(spec_of_task)
-            problems = self._draw(spec_of_task, settings.split, settings.problems, None, f"evaluation {name!r}")
+            problems = self._held_out[name]
             seen = Problems(
                 task=spec_of_task,
                 split=settings.split,
@@ -307,7 +306,7 @@ class _Planner:
             return ()
         if split not in self._overlapping:
             pool, limit = self._problems(self.recipe.task, split), self.recipe.pool.exclude_overlap
-            found = [rows for held in self._held_out for rows in overlaps(pool, held, limit).values()]
+            found = [rows for held in self._held_out.values() for rows in overlaps(pool, held, limit).values()]
             self._overlapping[split] = tuple(sorted({row.train for rows in found for row in rows}))
         return self._overlapping[split]
 
@@ -337,11 +336,11 @@ class _Planner:
             held_out = self._draw(task, settings.split, settings.problems, None, f"evaluation {name!r}")
             if missing := [p.id for p in held_out if p.answer is None]:
                 raise ValueError(f"evaluation {name!r}: {len(missing)} problems have no answer")
-            self._held_out.append(held_out)
+            self._held_out[name] = held_out
         for split in used:
             left_out = set(self._excluded(split))
             pool = [p for p in self._problems(recipe.task, split) if p.id not in left_out]
-            for held_out in self._held_out:
+            for held_out in self._held_out.values():
                 check_disjoint(pool, held_out)
         if recipe.pool.exclude_overlap is None:
             self._check_questions(used)
@@ -357,7 +356,7 @@ class _Planner:
     def _ref(self, model: ModelConfig) -> ModelRef:
         found = fingerprint(model.source, offline=self.offline)
         if model.template not in ("chat", "none"):
-            found = spec.digest([found, _file_digest(assets.fetch(model.template))])
+            found = spec.digest([found, assets.sha256_file(assets.fetch(model.template))])
         return ModelRef(config=model, fingerprint=found)
 
 
@@ -372,7 +371,7 @@ def fingerprint(source: str, *, offline: bool = False) -> str:
             return ""
         raise
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    return spec.digest([[str(p.relative_to(root)), _file_digest(p)] for p in files])
+    return spec.digest([[str(p.relative_to(root)), assets.sha256_file(p)] for p in files])
 
 
 def _code(grader: str) -> str | None:
@@ -382,9 +381,4 @@ def _code(grader: str) -> str | None:
         return None
     if not Path(place).is_file():
         raise ValueError(f"the grader {grader!r} is in a file that does not exist: looked for {Path(place).absolute()}")
-    return _file_digest(Path(place))
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return assets.sha256_file(Path(place))
