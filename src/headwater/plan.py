@@ -49,14 +49,13 @@ PROFILES = {
 @dataclass(frozen=True)
 class Speed:
     """Seconds of one model on this machine: a decoding step and a row in it, a token scored, an update and a token in
-    it, a completion graded."""
+    it. Grading is not timed."""
 
     step: Number
     row: Number
     scored: Number
     update: Number
     trained: Number
-    graded: Number = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Writer:
     prompt: Number
     lengths: tuple[int, ...]
 
-    def completion(self, limit: int, growth: Number = 1.0) -> Number:
+    def completion(self, limit: int, growth: Number) -> Number:
         """Mean tokens of a completion that ends at `limit`."""
         return sum(min(limit, growth * n) for n in self.lengths) / len(self.lengths)
 
@@ -189,20 +188,19 @@ def model_flops(item: Item, shape: Shape, prompt: Number, completion: Number) ->
 def seconds(item: Item, speed: Speed, prompt: Number, completion: Number, longest: Number) -> Number:
     """Seconds of an item whose longest completions have `longest` tokens: decoding goes on until they end."""
     if item.role == "graded":
-        return item.sequences * speed.graded
+        return 0
     if item.role == "scored":
         return item.sequences * (prompt + completion) * speed.scored
     if item.role == "trained":
         return item.calls * speed.update + item.sequences * (prompt + completion) * speed.trained
-    graded = item.sequences * speed.graded if item.role == "evaluated" else 0
-    return item.calls * longest * speed.step + item.sequences * completion * speed.row + graded
+    return item.calls * longest * speed.step + item.sequences * completion * speed.row
 
 
-def assumed_speed(device: Device, shape: Shape, bytes_each: int = 2) -> Speed:
+def assumed_speed(device: Device, shape: Shape) -> Speed:
     """Seconds from a data sheet: decoding reads the weights once a step, the rest is arithmetic."""
     able = device.flops * device.mfu
     forward = flops.forward_flops(shape, Work(1, 0, 1)) / able
-    step = shape.parameters * bytes_each / (device.bandwidth * device.reached)
+    step = 2 * shape.parameters / (device.bandwidth * device.reached)  # bfloat16
     # The optimizer reads and writes four float32 numbers a weight.
     return Speed(step, forward, forward, 32 * shape.trained / (device.bandwidth * device.reached), 3 * forward)
 
@@ -234,7 +232,7 @@ def memory(
     start: Shape,
     teacher: Shape | None,
     prompt: Number,
-    base: Number = 0.0,
+    base: Number,
 ) -> Memory:
     """What a node needs by count of tensors; prompts are taken as long as `prompt`."""
     settings, wide = node.settings, 2 if node.start.config.dtype == "bfloat16" else 4
@@ -247,7 +245,7 @@ def memory(
         kept = 2 * shape.layers * shape.kv_heads * shape.head_dim * wide
         # Growing the cache copies a layer; a draw holds log-probs in float32, masses and their sums in float64.
         cache = max(cache, rows * (prompt + limit) * kept * (1 + 1 / shape.layers) + rows * shape.vocab * 28)
-    held = 0.0 if teacher is None or execution.teacher else teacher.parameters * (2 if _teacher_wide(node) == 2 else 4)
+    held = 0.0 if teacher is None or execution.teacher else teacher.parameters * _teacher_wide(node)
     if not isinstance(node, StageSpec) or not done:
         return Memory(base, start.parameters * wide, 0, held, 0, 0, cache)
     masters = 4 * start.trained if wide == 2 else 0

@@ -191,7 +191,7 @@ def test_what_fits(planned: tuple[Recipe, Graph]):
     smaller = fits(20)
     assert smaller and all(s.startswith("execution.") for s in smaller)
     assert "lora = { rank = 16 }" in (fits(6) or []) and fits(1) is None
-    memory = plan.memory(node, recipe.execution, shape, None, 500)
+    memory = plan.memory(node, recipe.execution, shape, None, 500, 0)
     assert memory.weights == 4 * shape.parameters and memory.optimizer == 12 * shape.parameters
 
 

@@ -58,11 +58,8 @@ def calibrate(recipe: Recipe, graph: Graph, store: Store, *, measure: bool = Tru
         k: [node.settings.model_dump(mode="json"), node.problems.digest, repr(_adapters(graph, k))]
         for k, (_, node) in uses.items()
     }
-    path = (
-        store.root
-        / "calibrations"
-        / f"{spec.digest([place, execution, name_of(recipe.execution.device, threads)])}.json"
-    )
+    name = spec.digest([place, execution, name_of(recipe.execution.device, threads)])
+    path = store.root / "calibrations" / f"{name}.json"
     if path.exists():
         raw = json.loads(path.read_text(encoding="utf-8"))
         writers = {k: Writer(w["prompt"], tuple(w["lengths"])) for k, w in raw["writers"].items()}
@@ -125,11 +122,9 @@ def _measure(model: LanguageModel, node: StageSpec, recipe: Recipe) -> tuple[Wri
     few = _timed_sample(sampler, problems[:1], group, min(16, limit), "few", settings.temperature)
     limit = min(limit, max(16, int(BUDGET_S / 2 * few[2] / few[1])))
     one = few[1] * limit / few[2]  # seconds of a group, which more of them at once need less of
-    small = _timed_sample(
-        sampler, problems[: min(per_step, max(1, int(BUDGET_S / 2 / one)))], group, limit, "small", settings.temperature
-    )
-    each = small[1] / min(per_step, max(1, int(BUDGET_S / 2 / one)))
-    count = min(len(problems), PROBLEMS, max(per_step, int(BUDGET_S / max(1e-6, each))))
+    asked = min(per_step, max(1, int(BUDGET_S / 2 / one)))
+    small = _timed_sample(sampler, problems[:asked], group, limit, "small", settings.temperature)
+    count = min(len(problems), PROBLEMS, max(per_step, int(BUDGET_S / max(1e-6, small[1] / asked))))
     rollouts, elapsed, steps = _timed_sample(sampler, problems[:count], group, limit, "calibrate", settings.temperature)
     step, row = _two_rates((small[1], small[2], _drawn(small[0])), (elapsed, steps, _drawn(rollouts)))
     lengths = [len(r.completion_ids) for r in rollouts]
