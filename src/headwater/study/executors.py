@@ -42,6 +42,8 @@ class Event:
     """The error is the machine's (an OSError, such as a full disk), so that no other node would fare better."""
 
 
+TAKEN = "another process"
+"""Took the node between the look at its lease and this start: it is waited for like any other."""
 OnEvent = Callable[[Event], None]
 
 
@@ -99,11 +101,11 @@ def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
         try:
             run_node(job, store, on_log=on_log)
         except BlockingIOError:
-            _give_back(key, job, waiting, on_event)
+            waiting[key] = job
+            on_event(Event("waiting", key, error=TAKEN))
             continue
         except Exception as error:
-            mendable, everywhere = kind_of(error)
-            event = Event("failed", key, error=failure(job, error), mendable=mendable, everywhere=everywhere)
+            event = failed(job, error)
             on_event(event)
             raised = _raised(event, _drop(waiting, event))
             raised.__cause__ = error
@@ -114,26 +116,18 @@ def _inline(waiting: dict[str, Job], store: Store, on_event: OnEvent) -> None:
         raise failures[0]
 
 
-def _give_back(key: str, job: Job, waiting: dict[str, Job], on_event: OnEvent) -> None:
-    """Another study took the node between the look at its lease and this start: wait for it like for any other."""
-    on_event(Event("waiting", key, error="another process"))
-    waiting[key] = job
-
-
-def failure(job: Job, error: Exception) -> str:
+def failed(job: Job, error: Exception) -> Event:
     """What happened in words; where the traceback is, when it is not the user's to mend."""
     where = "" if isinstance(error, ValueError | OSError) else f" ({type(error).__name__}; see error.txt of its node)"
-    return f"{job.spec.label} {spec.key(job.spec)}: {error}{where}"
+    key = spec.key(job.spec)
+    text = f"{job.spec.label} {key}: {error}{where}"
+    mendable, everywhere = (isinstance(error, kind) for kind in (ValueError, OSError))
+    return Event("failed", key, error=text, mendable=mendable, everywhere=everywhere)
 
 
 def _raised(event: Event, heirs: int) -> ValueError | NodeFailed:
     text = event.error + (f"; {heirs} nodes that need it were not run" if heirs else "")
     return (ValueError if event.mendable else NodeFailed)(text)
-
-
-def kind_of(error: Exception) -> tuple[bool, bool]:
-    """Whether an error is the user's to mend, and whether it is the machine's: an event's `mendable`, `everywhere`."""
-    return isinstance(error, ValueError), isinstance(error, OSError)
 
 
 def _drop(waiting: dict[str, Job], event: Event) -> int:
@@ -250,7 +244,8 @@ def _listen(
     for event in events:
         if event.kind == "busy":
             assert worker.job is not None
-            _give_back(event.key, worker.job, waiting, on_event)
+            waiting[event.key] = worker.job
+            on_event(Event("waiting", event.key, error=TAKEN))
         else:
             on_event(event)
         if event.kind in ("done", "failed", "busy"):

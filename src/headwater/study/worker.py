@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -16,7 +17,7 @@ from headwater import spec
 from headwater.grading.child import die_with
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
-from headwater.study.executors import failure, kind_of
+from headwater.study.executors import failed
 
 
 def main(root: Path, jobs: IO[str], events: IO[str]) -> None:
@@ -41,8 +42,7 @@ def main(root: Path, jobs: IO[str], events: IO[str]) -> None:
         except BlockingIOError:
             say(kind="busy", key=key)
         except Exception as error:
-            mendable, everywhere = kind_of(error)
-            say(kind="failed", key=key, error=failure(job, error), mendable=mendable, everywhere=everywhere)
+            say(**asdict(failed(job, error)))
 
 
 if __name__ == "__main__":
