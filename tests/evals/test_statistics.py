@@ -116,13 +116,10 @@ def test_verdict_needs_the_adjusted_p():
 
 
 def test_noninferior_confirms_only_inside_the_margin():
-    assert noninferior(estimate(0.0, -0.05, 0.05), 0.05).outcome == "confirmed"
-    assert noninferior(estimate(0.0, -0.05, 0.05), 0.02).outcome == "undecided"
-    assert noninferior(estimate(0.1, 0.03, 0.17), 0.02).outcome == "refuted"
-    assert noninferior(estimate(0.1, 0.03, 0.17), 0.2).outcome == "confirmed"
-    # (0 - 0.05) / 0.025 = -2 with 50 degrees of freedom
-    assert noninferior(estimate(0.0, -0.05, 0.05), 0.05).p_value == pytest.approx(stats.t.cdf(-2, 50))
-    assert noninferior(estimate(0.1, 0.05, 0.15), 0.05).p_value == pytest.approx(stats.t.cdf(2, 50))
+    assert noninferior(estimate(0.0, -0.05, 0.05), 0.05) == "confirmed"
+    assert noninferior(estimate(0.0, -0.05, 0.05), 0.02) == "undecided"
+    assert noninferior(estimate(0.1, 0.03, 0.17), 0.02) == "refuted"
+    assert noninferior(estimate(0.1, 0.03, 0.17), 0.2) == "confirmed"
     with pytest.raises(ValueError, match="margin must be"):
         noninferior(estimate(0.0, -0.05, 0.05), -0.1)
 

@@ -125,7 +125,6 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
     """The numbers of an evaluation from its per-problem rows."""
     correct = np.array([row["correct"] for row in rows], dtype=float)
     flat = [(c, s) for row in rows for c, s in zip(row["correct"], row["styles"], strict=True)]
-    styles = Counter(style for _, style in flat if style)
     told = any(answer is not None for row in rows for answer in row["answers"])
     return {
         "avg@k": float(correct.mean()),
@@ -139,9 +138,15 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
         "parsed": float(np.mean([row["parsed"] for row in rows])),
         "truncated": 1.0 - float(np.mean([row["finished"] for row in rows])),
         "reasons": dict(Counter(reason for row in rows for reason in row["reasons"])),
-        "styles": {
-            style: {"share": n / len(flat), "accuracy": sum(c for c, s in flat if s == style) / n}
-            for style, n in sorted(styles.items())
-        },
+        "styles": of_styles(flat),
         "per_problem": {row["problem"]: float(c) for row, c in zip(rows, correct.mean(1), strict=True)},
+    }
+
+
+def of_styles(pairs: Sequence[tuple[bool, str | None]]) -> dict[str, dict[str, float]]:
+    """Of (correct, style) of some samples: every style's share of them, and the accuracy within it."""
+    found = Counter(style for _, style in pairs if style)
+    return {
+        style: {"share": n / len(pairs), "accuracy": sum(c for c, s in pairs if s == style) / n}
+        for style, n in sorted(found.items())
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from headwater.evals.evaluate import of_styles
 from headwater.evals.statistics import mean_interval, pass_at_k
 from headwater.meter import Meter
 from headwater.models.language_model import LanguageModel
@@ -90,12 +91,7 @@ def describe(rows: Sequence[Row], problems: Sequence[Problem], node: DecisionSpe
     }
     if group <= k:
         found["mixed_groups"] = _mean([estimated_mixed_rate(k, n, group) for n in counts])
-    styles = Counter(v.style for _, _, v in rows if v.style)
-    good = Counter(v.style for _, _, v in rows if v.style and v.correct)
-    found["styles"] = {
-        style: {"share": n / len(rows), "accuracy": good[style] / n} for style, n in sorted(styles.items())
-    }
-    return found
+    return found | {"styles": of_styles([(v.correct, v.style) for _, _, v in rows])}
 
 
 def _mean(values: Sequence[float]) -> list[float]:

@@ -257,7 +257,7 @@ def _comparisons(reader: _Reader) -> list[dict[str, Any]]:
             estimates.append(estimate)
             row = {"a": pair.a, "b": pair.b, "task": evaluation, "difference": estimate.value}
             if pair.margin is not None:
-                row |= {"margin": pair.margin, "outcome": noninferior(estimate, pair.margin).outcome}
+                row |= {"margin": pair.margin, "outcome": noninferior(estimate, pair.margin)}
             rows.append(row)
     # Those not finished yet count as p = 1, so that no `better` of a partial table is withdrawn when they come.
     adjusted = holm([e.p_value for e in estimates] + [1.0] * (declared - len(estimates)))
