@@ -32,7 +32,8 @@ class Ledger:
         new = [key for key in dict.fromkeys((step, problem) for problem in problems) if key not in self._keys]
         if new and self._writes:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(_line(*key) for key in new))
+                rows = ({"step": step, "problem": problem} for step, problem in new)
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
         self._keys.update(dict.fromkeys(new))
 
     def labels(self, step: int) -> int:
@@ -48,7 +49,3 @@ class Ledger:
     def problems(self) -> set[str]:
         """Ids of the problems revealed; their number is the bill in distinct labels."""
         return {problem for _, problem in self._keys}
-
-
-def _line(step: int, problem: str) -> str:
-    return json.dumps({"step": step, "problem": problem}) + "\n"

@@ -228,9 +228,7 @@ class Distill(Method):
     method: Literal["distill"] = "distill"
     problems_per_step: int = Field(ge=1)
     group_size: int = Field(default=8, ge=1)
-    divergence: Literal["reverse_kl", "jsd", "forward_kl", "sampled_token", "sampled_sequence", "constant"] = (
-        "reverse_kl"
-    )
+    divergence: Divergence = "reverse_kl"
     """The first three are exact over the vocabulary; `sampled_*` are policy gradients on the drawn tokens; `constant`
     gives every drawn token the advantage -1 and asks no teacher (the control of arXiv:2608.31046)."""
     beta: float | None = Field(default=None, gt=0, lt=1)

@@ -161,10 +161,7 @@ class StageRun:
 
     def kept(self, name: str) -> list[dict[str, Any]]:
         """Rows of such a file, the same on every rank."""
-        path, rows = self.directory / name, []
-        if self.mesh.is_writer and path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return self.mesh.collect(rows)[0]
+        return self.mesh.collect(_rows(self.directory / name) if self.mesh.is_writer else [])[0]
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 Log = Callable[[dict[str, int | float], int], object]
-MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
 
 
 def check_installed(names: Sequence[str]) -> None:
     """ValueError for a tracker whose package is missing."""
-    if missing := [name for name in names if importlib.util.find_spec(MODULES[name]) is None]:
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"execution.trackers names {missing}, which are not installed: pip install 'headwater[trackers]'"
         )

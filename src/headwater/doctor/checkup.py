@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from headwater.config import GRPO, ModelConfig, Recipe, arm_stages
 from headwater.doctor import behaviour, data, prompts, weights
-from headwater.doctor.finding import Finding, guarded, judge
+from headwater.doctor.finding import Finding, guarded, judge, refused
 from headwater.doctor.prompts import Patient
 from headwater.grading.pool import GraderPool
 from headwater.models import template
@@ -49,24 +49,12 @@ def checkup(recipe: Recipe) -> tuple[Material | None, list[Finding]]:
 
     The answers that are looked at reveal nothing to training. Without material when a model or the data cannot be read.
     """
-    material: list[Material] = []
-
-    def opened() -> Iterator[Finding]:
-        found = {role: Patient.open(role, m, model_directory(m.source)) for role, m in roles(recipe).items()}
-        task = load_task(recipe.task)
-        held_out = [
-            p
-            for e in recipe.evaluations.values()
-            if e.task in (None, recipe.task)
-            for p in draw_pool(task.problems(e.split), e.problems, None)
-        ]
-        material.append(Material(recipe, found, task, task.problems("train"), held_out))
-        yield Finding("ok", "models and data can be read", ", ".join(m.source for m in roles(recipe).values()))
-
-    findings = guarded("models and data can be read", opened)
-    if not material:
-        return None, findings
-    got = material[0]
+    name = "models and data can be read"
+    try:
+        got = _open(recipe)
+    except (ValueError, OSError) as error:
+        return None, [refused(name, error)]
+    findings = [Finding("ok", name, ", ".join(m.source for m in roles(recipe).values()))]
     some = list(got.train[:MEASURED])
     for patient in got.patients.values():
         findings += guarded(patient.role, lambda p=patient: prompts.check_model(p, some))
@@ -82,6 +70,14 @@ def checkup(recipe: Recipe) -> tuple[Material | None, list[Finding]]:
     findings += guarded("data", lambda: data.check_data(got.train, got.test, counts, golds=_has_golds(got)))
     findings += guarded("grader", lambda: _grader(got))
     return got, findings
+
+
+def _open(recipe: Recipe) -> Material:
+    patients = {role: Patient.open(role, m, model_directory(m.source)) for role, m in roles(recipe).items()}
+    task = load_task(recipe.task)
+    evaluated = [e for e in recipe.evaluations.values() if e.task in (None, recipe.task)]
+    held_out = [p for e in evaluated for p in draw_pool(task.problems(e.split), e.problems, None)]
+    return Material(recipe, patients, task, task.problems("train"), held_out)
 
 
 def _alignments(recipe: Recipe, role: str) -> set[str]:

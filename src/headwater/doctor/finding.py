@@ -30,4 +30,8 @@ def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     try:
         return list(check())
     except (ValueError, OSError) as error:
-        return [Finding("error", name, str(error), "the run would stop here", "do what the message says")]
+        return [refused(name, error)]
+
+
+def refused(name: str, error: Exception) -> Finding:
+    return Finding("error", name, str(error), "the run would stop here", "do what the message says")

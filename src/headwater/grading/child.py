@@ -73,7 +73,8 @@ def _from_trl(function: Callable[..., object], *, as_messages: bool) -> Grader:
     def grade(completion: str, problem: Problem) -> object:
         prompt = [{"role": m.role, "content": m.content} for m in problem.messages]
         text_prompt = "\n".join(m.content for m in problem.messages)
-        columns = {name: [value] for name, value in wire.columns_of(problem).items()}
+        # The source row, and `answer` where it has none.
+        columns = {name: [value] for name, value in {"answer": problem.answer, **problem.columns}.items()}
         rewards = function(
             prompts=[prompt if as_messages else text_prompt],
             completions=[[{"role": "assistant", "content": completion}] if as_messages else completion],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import get_args
 
@@ -75,8 +74,3 @@ def ready_error(line: bytes) -> str:
         case {"ready": bool(), "error": str(error)}:
             return error
     raise ValueError(f"not a greeting: {line[:80]!r}")
-
-
-def columns_of(problem: Problem) -> Mapping[str, object]:
-    """The keyword columns that a TRL-style reward function expects: the source row, and `answer` where it has none."""
-    return {"answer": problem.answer, **problem.columns}

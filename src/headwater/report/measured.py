@@ -26,14 +26,13 @@ def print_measured(console: Console, model: str, found: Found) -> None:
     table = Table("", "avg@k [95 %]", "k", "problems", "pass@k", "maj@k", "parsed", "cut", title=model)
     for name, row in found.items():
         low, high = row["ci95"] or (float("nan"),) * 2
-        majority = row.get("maj@k")
         table.add_row(
             name,
             f"{row['avg@k']:.4f} [{low:.4f}, {high:.4f}]",
             str(row["k"]),
             str(row["num_problems"]),
             f"{row['pass@k'][str(row['k'])]:.4f}",
-            "-" if majority is None else f"{majority:.4f}",
+            "-" if row["maj@k"] is None else f"{row['maj@k']:.4f}",
             f"{row['parsed']:.3f}",
             f"{row['truncated']:.3f}",
         )
@@ -68,7 +67,7 @@ def write_lm_eval(found: Found, out: Path) -> Path:
         "group_subtasks": {name: [] for name in found},
         "configs": {name: _config(name, row) for name, row in found.items()},
         "versions": {name: protocol["revision"] for name, protocol in protocols.items()},
-        "n-shot": {name: _shots(protocol) for name, protocol in protocols.items()},
+        "n-shot": {name: protocol.get("shots", 0) for name, protocol in protocols.items()},
         "higher_is_better": {name: {"exact_match": True} for name in found},
         "n-samples": {
             name: dict.fromkeys(("original", "effective"), row["num_problems"]) for name, row in found.items()
@@ -96,11 +95,7 @@ def write_lm_eval(found: Found, out: Path) -> Path:
 def _metrics(row: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {"exact_match,none": row["avg@k"], "exact_match_stderr,none": row["standard_error"]}
     metrics |= {f"pass@{k},none": value for k, value in row["pass@k"].items() if k != "1"}
-    return metrics | ({f"maj@{row['k']},none": row["maj@k"]} if row.get("maj@k") is not None and row["k"] > 1 else {})
-
-
-def _shots(protocol: Mapping[str, Any]) -> int:
-    return protocol.get("shots", 0)
+    return metrics | ({f"maj@{row['k']},none": row["maj@k"]} if row["maj@k"] is not None and row["k"] > 1 else {})
 
 
 def _config(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +104,7 @@ def _config(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "task": name,
         "dataset_path": protocol.get("test_source", protocol["task"].get("source", "")),
         "test_split": protocol["split"],
-        "num_fewshot": _shots(protocol),
+        "num_fewshot": protocol.get("shots", 0),
         "output_type": "generate_until",
         "generation_kwargs": _generation(protocol),
         "repeats": row["k"],

@@ -86,30 +86,25 @@ def _problem(data_set: str, config: Mapping[str, Any], entry: Mapping[str, Any],
 
 def grade(completion: str, problem: Problem) -> Verdict:
     """Right only for the data set's full score of 1; the answer is taken as `text.extract_tagged` says."""
-    score = _score(completion, problem)
-    if score is None:
-        return Verdict(False, False, "unparsed", 0.0)
-    reason = "correct" if score >= 1 else "wrong"
-    return Verdict(score >= 1, True, reason, float(score >= 1), answer=_answer(completion))
+    return _grade(completion, problem, partial=False)
 
 
 def grade_partial(completion: str, problem: Problem) -> Verdict:
     """As `grade`, but the score is the data set's own, which may reward a wrong answer with a fraction."""
-    score = _score(completion, problem)
-    if score is None:
-        return Verdict(False, False, "unparsed", 0.0)
-    reason = "correct" if score >= 1 else "partial" if score > 0 else "wrong"
-    return Verdict(score >= 1, True, reason, score, answer=_answer(completion))
+    return _grade(completion, problem, partial=True)
 
 
-def _answer(completion: str) -> str:
-    return " ".join((extract_tagged(completion) or "").split())
-
-
-def _score(completion: str, problem: Problem) -> float | None:
+def _grade(completion: str, problem: Problem, *, partial: bool) -> Verdict:
     answer = extract_tagged(completion)
-    if answer is None:
-        return None
+    if answer is None or (score := _score(answer, problem)) is None:
+        return Verdict(False, False, "unparsed", 0.0)
+    right = score >= 1
+    score = score if partial else float(right)
+    reason = "correct" if right else "partial" if score > 0 else "wrong"
+    return Verdict(right, True, reason, score, answer=" ".join(answer.split()))
+
+
+def _score(answer: str, problem: Problem) -> float | None:
     columns: Mapping[str, Any] = problem.columns
     scorer = _create(columns["data_set"], json.dumps(columns["config"], sort_keys=True))
     try:
