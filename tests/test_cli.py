@@ -48,7 +48,7 @@ def test_version_and_help():
 def test_run_prints_progress_and_results(ran: Path):
     output = (ran / "output.txt").read_text()
     assert "miniature: 12 nodes, 0 done before, 12 to do (5 distinct stages for 8 asked for by the arms)" in output
-    assert "[12/12]" in output and "bridge - direct on rows:" in output and "over problems" in output
+    assert "[12/12]" in output and "bridge \N{MINUS SIGN} direct on rows:" in output and "over problems" in output
     assert output.count("done in") == 12
 
 

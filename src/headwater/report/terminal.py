@@ -22,17 +22,7 @@ from headwater.doctor.finding import Finding
 from headwater.report import observations
 from headwater.report.directory import read
 from headwater.report.headline import decisions
-from headwater.report.tables import (
-    ARM_HEAD,
-    COMPARISON_HEAD,
-    arm_cells,
-    arm_rows,
-    comparison_rows,
-    count,
-    duration,
-    flops,
-    interval,
-)
+from headwater.report.tables import ARM_HEAD, arm_cells, arm_rows, comparison_rows, count, duration, flops, interval
 from headwater.spec import DecisionSpec, StageSpec
 from headwater.store import Store
 from headwater.study.budget import most_reveals
@@ -248,11 +238,8 @@ def print_results(console: Console, recipe: Recipe, found: dict[str, Any], out: 
             for stage in row.below:
                 table.add_row(*arm_cells(replace(stage, name=f"  {stage.name}")))
         console.print(table)
-    if rows := comparison_rows(seen):
-        table = Table(*COMPARISON_HEAD, title="declared comparisons")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for pair, task, points, p, _, over, verdict in comparison_rows(seen):
+        console.print(f"{pair} on {task}: {points} points, p {p} (Holm), over {over}: {verdict}", markup=False)
     for line in [*observations.gates(seen), *(f"warning: {line}" for line in observations.health(seen))]:
         console.print(line, markup=False)
     for text in decisions(found):
