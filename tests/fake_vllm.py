@@ -85,6 +85,7 @@ def running(fake: FakeVLLM) -> Iterator[FakeVLLM]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer: Any
             with fake.lock:
                 fault = fake.faults.pop(0) if fake.faults and self.path == "/v1/completions" else None
                 status, answer = fake.answer(self.path, body)

@@ -131,7 +131,7 @@ def test_a_side_without_labels_does_nothing(mini: Path):
     teacher_rl = graph.arms["fresh"][0][0]
     row = outlook(recipe, graph, made(graph))["nodes"][teacher_rl]
     assert (row["tokens"], row["labels"], row["memory"]["optimizer"]) == ([0, 0, 0], 0, 0)
-    assert {name: plan.pool_size(node) for name, (_, node) in _uses(graph).items()} == {
+    assert {name: plan.pool_size(node) for name, (_, node) in _uses(graph, served=False).items()} == {
         model_key(graph.nodes[key].start): 8 for key in (teacher_rl, graph.arms["fresh"][0][1])
     }
 
