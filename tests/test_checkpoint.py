@@ -41,7 +41,7 @@ def test_round_trip_and_only_two_are_kept(tmp_path):
     assert all(torch.equal(found[0][name], t) for name, t in tensors(15.0).items())
 
 
-@pytest.mark.parametrize("torn", ["save_file", "_sync", "sha256", "rename"])
+@pytest.mark.parametrize("torn", ["save_file", "_sync", "sha256_file", "rename"])
 def test_a_write_that_dies_at_any_point_leaves_the_old_one(tmp_path, monkeypatch, torn):
     save(tmp_path, 5, 10)
 

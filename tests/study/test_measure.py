@@ -90,7 +90,7 @@ def test_greedy_and_whole_by_default(sums: Path):
         (["sums", "--shots", "9"], "sums: shots = 9"),
         (["recipes/quickstart.toml", "sums"], "a recipe stands alone"),
         (["recipes/quickstart.toml", "--samples", "2"], "a recipe stands alone"),
-        (["sums", "--format", "xml"], "use text or json"),
+        (["sums", "--format", "xml"], "'xml' is not one of 'text', 'json'"),
     ],
 )
 def test_bad_usage(sums: Path, arguments: list[str], message: str):
