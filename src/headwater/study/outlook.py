@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ UNSEEN = {"low": 0.5, "mid": 0.71, "high": 1.0}
 """Shares of `max_new_tokens` that a completion takes where no model was asked."""
 SURE = 0.1
 """How far the mean length of a model that no reward trained may be from the calibration's, at least."""
+SPEED_SPREAD = 1.2
+"""Factor either way by which a study may run slower or faster than its calibration (docs/costs.md)."""
 
 
 def profile_of(name: str) -> Device:
@@ -130,6 +133,8 @@ def _row(
     steps: Number | None = node.settings.steps if isinstance(node, StageSpec) else None
     if isinstance(node, StageSpec) and node.match:
         steps = _match(sums, node, before)
+    if sums["seconds"] is not None:
+        sums["seconds"] = _at_some_speed(sums["seconds"])
     memory, fits = None, []
     start = shaped["start"]
     if start is not None:
@@ -141,6 +146,15 @@ def _row(
     cost = [s / 3600 * price for s in sums["seconds"]] if price is not None and sums["seconds"] else None
     parts = None if memory is None else {**vars(memory), "peak": memory.peak}
     return {"steps": steps, "labels": plan.labels(node), **sums, "memory": parts, "fits": fits, "price": cost}
+
+
+def _at_some_speed(levels: list[Number]) -> list[Number]:
+    """Seconds [low, mid, high] of uncertain lengths, and of a speed that is uncertain too: factors independent."""
+    low, mid, high = levels
+    if not low:
+        return levels
+    less, more = (math.exp(math.hypot(math.log(ratio), math.log(SPEED_SPREAD))) for ratio in (mid / low, high / mid))
+    return [mid / less, mid, mid * more]
 
 
 def _match(sums: dict[str, list[Number] | None], node: StageSpec, before: dict[str, Any]) -> Number | None:
