@@ -83,7 +83,7 @@ def there(teacher: LanguageModel, served: Served) -> LanguageModel:
     return load_served(teacher.config, teacher.directory, served)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # vLLM takes minutes to start
 def test_vllm_scores_and_samples_as_we_do(teacher: LanguageModel, served: Served):
     away = there(teacher, served)
     batch = Batch.of(TransformersSampler(teacher).sample(PROBLEMS, Sampling(("test",), 2, 24)))
@@ -111,7 +111,7 @@ def test_vllm_scores_and_samples_as_we_do(teacher: LanguageModel, served: Served
         )
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # vLLM takes minutes to start
 def test_vllm_teaches_as_we_do(teacher: LanguageModel, served: Served, tmp_path: Path):
     """A warmup on vLLM's rollouts and a distillation, each with the teacher there and here."""
     assert teacher.directory is not None
@@ -135,7 +135,7 @@ def test_vllm_teaches_as_we_do(teacher: LanguageModel, served: Served, tmp_path:
         assert moved > 1e-3 and apart < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # vLLM takes minutes to start
 def test_the_checkup_understands_vllm(teacher: LanguageModel, served: Served, tmp_path: Path):
     recipe = tomllib.loads(miniature.write(tmp_path).read_text())
     del recipe["stages"]["teacher_rl"]
