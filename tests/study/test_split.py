@@ -188,12 +188,13 @@ def test_tuning_bills_the_probe_and_keeps_overlaps_out(mini: Path, tmp_path: Pat
 def test_the_same_decision_again(mini: Path, tmp_path: Path):
     outcomes = []
     for name in ("a", "b"):
-        store, graph = Store(tmp_path / name), plan(recipe := load_recipe(mini, AUTO))
+        store, graph = Store(tmp_path / name), plan(recipe := load_recipe(mini, [*AUTO, "probe.shares=[1.0, 0.25]"]))
         key = graph.decisions["auto", 0]
         node.run_node(node.Job(graph.nodes[key], recipe.execution), store)
         outcomes.append(store.outcome(key))
         assert store.ledger(key).revealed == 6
     assert outcomes[0]["result"] == outcomes[1]["result"]
+    assert list(outcomes[0]["result"]["shares"]) == ["0.25", "1"]
     planned = outlook(recipe, graph, None)
     assert planned["nodes"][key]["labels"] == 6 and planned["nodes"][key]["tokens"][1] > 0
     assert against(planned, graph, store)["nodes"][key]["actual"]["tokens"] > 0
