@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, Probe, canonical
 
-REVISIONS = {"grpo": 2, "warmup": 1, "distill": 2, "sft": 1, "joint": 2, "evaluate": 1, "probe": 2}
+REVISIONS = {"grpo": 3, "warmup": 2, "distill": 3, "sft": 2, "joint": 3, "evaluate": 2, "probe": 3}
 """Raised when a method's numbers change for the same specification; a golden trajectory fails until it is."""
 
 

@@ -203,6 +203,28 @@ def test_tokens_of_no_probability_are_never_drawn():
         assert 10 <= low <= high < 2000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_large_vocabulary_is_inverted_block_by_block(dtype: torch.dtype, temperature: float):
+    """5,000 tokens, the first and last and a block within without mass: as by one exact sum, whatever the batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(300, 5000, generator=generator)).to(dtype)
+    for nothing in (slice(0, 300), slice(1280, 1410), slice(4800, 5000)):
+        logits[:, nothing] = -INF
+    uniform = torch.rand(300, dtype=torch.float64, generator=generator)
+    uniform[:2] = torch.tensor([0.0, LAST])
+    token, logprob = draw(logits, uniform, temperature=temperature)
+    exact = (logits.double() / temperature).log_softmax(1)
+    assert exact.gather(1, token[:, None]).isfinite().all()
+    torch.testing.assert_close(logprob.double(), exact.gather(1, token[:, None])[:, 0], rtol=0, atol=2e-6)
+    ends = exact.exp().cumsum(1)
+    after = ends.gather(1, token[:, None])[:, 0]
+    before = after - exact.exp().gather(1, token[:, None])[:, 0]
+    assert (before - 1e-6 < uniform).all() and (uniform < after + 1e-6).all()
+    single = [draw(logits[i : i + 1], uniform[i : i + 1], temperature=temperature) for i in (0, 7, 299)]
+    assert [(int(t), float(p)) for t, p in single] == [(int(token[i]), float(logprob[i])) for i in (0, 7, 299)]
+
+
 def test_truncation_by_hand():
     # Probabilities .1 .4 .2 .3: in order of probability the tokens 1, 3, 2, 0.
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().tolist()

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from headwater.config import LoRA, ModelConfig, Served
 from headwater.flops import Shape, shape_of
 from headwater.models import template
+from headwater.models.attention import CPU_ATTENTION
 from headwater.models.lora import add_adapters, check_installed, without_adapters
 from headwater.types import Message
 
@@ -194,7 +195,8 @@ def load_model(
     trained = trained and lora is None
     dtype = torch.float32 if trained else getattr(torch, config.dtype)
     placed = {"device_map": "auto"} if spread else {}
-    module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **placed)
+    attention = CPU_ATTENTION if device == "cpu" and not spread else "sdpa"
+    module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention, **placed)
     if not spread:
         module = module.to(torch.device(device))  # pyright: ignore[reportArgumentType] -- typed for modules of its own
     module = module.eval().requires_grad_(trained)
