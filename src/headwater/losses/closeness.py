@@ -9,6 +9,7 @@ from torch import Tensor
 from headwater.losses.dense import _expect
 from headwater.losses.numerics import (
     LOGPROB_FLOOR,
+    NO_MASS,
     accurate_dtype,
     check_projection,
     first_rows,
@@ -57,7 +58,7 @@ def token_closeness(
             matmul(teacher.hidden[part], theirs.T, theirs.dtype),
         )
         log_q = scaled(own, None, rows, temperature, out).log_softmax(1)
-        log_p = scaled(other, bias, rows, temperature, out).log_softmax(1)
+        log_p = scaled(other, bias, rows, temperature, out).log_softmax(1).clamp(min=NO_MASS)
         floored, p, q = log_p.clamp(min=LOGPROB_FLOOR), log_p.exp(), log_q.exp()
         found["forward_kl"][part] = _expect(p, log_p - log_q)
         found["reverse_kl"][part] = _expect(q, log_q - floored)

@@ -17,9 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from headwater.losses.numerics import (
     LOGPROB_FLOOR,
+    NO_MASS,
     Loss,
     accurate_dtype,
     add_product,
+    by_rows,
     check_projection,
     first_rows,
     fused,
@@ -154,16 +156,14 @@ def _sum_and_gradients(
         if isinstance(teacher, HiddenScores):
             other = matmul(teacher.hidden[part], teacher_cut.T, matmul_dtype(teacher.hidden, teacher.head))
             teacher_bias = None if teacher.bias is None else teacher.bias[:rows]
-            given = (product, cut_bias, other, teacher_bias, rows, temperature, scale, kind, beta, wants[2])
-            value, grad, bias_sum, metrics = fused(_from_products, product)(*given)
+            of, given, rest = fused(_from_products, product), (other, scale), (teacher_bias,)
         else:
-            log_q = scaled(product, cut_bias, rows, temperature, out).log_softmax(1)
-            value, grad, metrics = _bucketed(teacher, part, log_q, kind, beta)
-            grad, bias_sum = _to_product(grad, scale / temperature, product, wants[2])
+            of, given, rest = _from_top_k, (teacher.ids[part], teacher.logprobs[part], scale), ()
+        grad, value, metrics = by_rows(of, product, given, *rest, cut_bias, rows, temperature, kind, beta)
         total += (scale * value).sum()
-        statistics += metrics
-        if grad_bias is not None and bias_sum is not None:
-            grad_bias[:rows] += bias_sum
+        statistics += metrics.sum(0)
+        if grad_bias is not None:
+            grad_bias[:rows] += grad[:, :rows].sum(0, dtype=out)
         if grad_hidden is not None:
             grad_hidden[part] = matmul(grad, cut, multiply).to(hidden.dtype)
         if grad_head is not None:
@@ -181,71 +181,88 @@ def _sum_and_gradients(
 @no_type_check
 def _from_products(
     product: Tensor,
-    bias: Tensor | None,
     other: Tensor,
+    scale: Tensor,
     other_bias: Tensor | None,
+    bias: Tensor | None,
     rows: int,
     temperature: float,
-    scale: Tensor,
     kind: Divergence,
     beta: float,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """From products of hidden states and heads, of student and teacher: value, `_to_product`, metric totals."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From products of hidden states and heads, of student and teacher: gradient, value and metrics of every row."""
     log_q = scaled(product, bias, rows, temperature, scale.dtype).log_softmax(1)
     log_p = scaled(other, other_bias, rows, temperature, scale.dtype).log_softmax(1)
     value, grad, metrics = _value_and_gradient(log_p, log_q, kind, beta)
-    return value, *_to_product(grad, scale / temperature, product, wants_bias), metrics
+    return _to_product(grad, scale / temperature, product), value, metrics
 
 
 @no_type_check
-def _to_product(grad: Tensor, scale: Tensor, product: Tensor, wants_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """A gradient times `scale` [tokens], in shape and dtype of the product, and its sum over tokens."""
+def _from_top_k(
+    product: Tensor,
+    ids: Tensor,
+    log_top: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    temperature: float,
+    kind: Divergence,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_from_products`, from the teacher's top k."""
+    log_q = scaled(product, bias, rows, temperature, scale.dtype).log_softmax(1)
+    value, grad, metrics = _bucketed(ids, log_top.to(log_q.dtype), log_q, kind, beta)
+    return _to_product(grad, scale / temperature, product), value, metrics
+
+
+@no_type_check
+def _to_product(grad: Tensor, scale: Tensor, product: Tensor) -> Tensor:
+    """A gradient times `scale` [tokens], in shape and dtype of the product."""
     grad *= scale[:, None]
-    return with_columns(grad, product.shape[1], product.dtype), grad.sum(0) if wants_bias else None
+    return with_columns(grad, product.shape[1], product.dtype)
 
 
 @no_type_check
 def _expect(probability: Tensor, values: Tensor) -> Tensor:
-    """Row sums of probability * values with 0 * anything = 0, as in the limit of p log p."""
-    return torch.where(probability > 0, probability * values, 0.0).sum(1)
+    """Row sums of probability * values; both are finite, so what has no mass adds 0, as in the limit of p log p."""
+    return (probability * values).sum(1)
 
 
 @no_type_check
 def _value_and_gradient(log_p: Tensor, log_q: Tensor, kind: Divergence, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row the divergence and its gradient with respect to the logits whose log-softmax is log_q; metric totals."""
+    """Per row the divergence, its gradient with respect to the logits whose log-softmax is log_q, and four metrics."""
     p, q = log_p.exp(), log_q.exp()
+    log_p, log_q = log_p.clamp(min=NO_MASS), log_q.clamp(min=NO_MASS)
     student_entropy, teacher_entropy = -_expect(q, log_q), -_expect(p, log_p)
     excess = log_q - log_p.clamp(min=LOGPROB_FLOOR)
     forward, reverse = -teacher_entropy - _expect(p, log_q), _expect(q, excess)
-    metrics = torch.stack([x.sum() for x in (forward, reverse, student_entropy, teacher_entropy)])
+    metrics = torch.stack([forward, reverse, student_entropy, teacher_entropy], 1)
     if kind == "forward_kl":
         return forward, q - p, metrics
     if kind == "reverse_kl":
-        return reverse, torch.where(q > 0, q * (excess - reverse[:, None]), 0.0), metrics
+        return reverse, q * (excess - reverse[:, None]), metrics
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     mixed = _expect(q, log_q - log_m)
     value = beta * _expect(p, log_p - log_m) + (1 - beta) * mixed
-    return value, (1 - beta) * torch.where(q > 0, q * (log_q - log_m - mixed[:, None]), 0.0), metrics
+    return value, (1 - beta) * q * (log_q - log_m - mixed[:, None]), metrics
 
 
 def _bucketed(
-    teacher: TopKScores, part: Tensor, log_q: Tensor, kind: Divergence, beta: float
+    ids: Tensor, log_top: Tensor, log_q: Tensor, kind: Divergence, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_value_and_gradient` of the k + 1 buckets, carried to the vocabulary.
 
     A bucket's logit gradient G_b reaches the logit i in it as G_b q_i / Q_b: all of it for a single token.
     """
-    ids, log_top = teacher.ids[part], teacher.logprobs[part].to(log_q.dtype)
     valid = log_top > -math.inf
-    inside = torch.zeros_like(log_q).scatter_add_(1, ids, valid.to(log_q.dtype)) > 0
-    log_rest = log_q.masked_fill(inside, -math.inf).logsumexp(1, keepdim=True)
+    outside = log_q.scatter_reduce(1, ids, torch.where(valid, -math.inf, math.inf).to(log_q.dtype), "amin")
+    log_rest = outside.logsumexp(1, keepdim=True)
     mass = log_top.exp().sum(1, keepdim=True)
     log_tail = torch.where(log_rest > -math.inf, (1 - mass).clamp(min=TAIL_FLOOR).log(), -math.inf)
     log_q_top = log_q.gather(1, ids).masked_fill(~valid, -math.inf)
     value, grad, metrics = _value_and_gradient(
         torch.cat([log_top, log_tail], 1), torch.cat([log_q_top, log_rest], 1), kind, beta
     )
-    spread = torch.where(inside, 0.0, grad[:, -1:] * (log_q - log_rest).exp())
-    metrics[2], metrics[3] = -_expect(log_q.exp(), log_q).sum(), mass.sum()
+    metrics[:, 2], metrics[:, 3] = -_expect(log_q.exp(), log_q.clamp(min=NO_MASS)), mass[:, 0]
+    spread = (outside - log_rest.clamp(min=NO_MASS)).exp_().mul_(grad[:, -1:])
     return value, spread.scatter_add_(1, ids, torch.where(valid, grad[:, :-1], 0.0)), metrics

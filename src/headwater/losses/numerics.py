@@ -20,6 +20,9 @@ LOGPROB_FLOOR = -100.0
 """A teacher's or reference's log-prob below this counts as this. exp(-103) is the smallest positive float32, so the
 floor says 'no mass at all' and keeps a forbidden token's penalty finite: 100 nats per unit of student mass on it."""
 
+NO_MASS = -1e4
+"""A log-prob whose exponential is 0 in every precision, and whose product with that is 0 too (-inf's would be NaN)."""
+
 
 def accurate_dtype(tensor: Tensor) -> torch.dtype:
     """float64 stays float64, everything else is reduced in float32."""
@@ -93,6 +96,27 @@ def fused(function: Callable[..., Any], on: Tensor) -> Callable[..., Any]:
     torch 2.11 cannot trace through run-time type checks: give it functions with `no_type_check`.
     """
     return _compiled(function) if on.is_cuda else function
+
+
+CACHED = 1 << 19
+"""Elements of a matrix that several passes on a CPU find in its cache (benchmarks/README.md)."""
+
+
+def by_rows(
+    function: Callable[..., Any], product: Tensor, rowwise: tuple[Tensor, ...], *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """function(product, *rowwise, *rest), which treats every row for itself: a matrix like the product or None, then
+    tensors with a value a row. On a CPU some rows at a time, and the matrix takes the product's place."""
+    if product.is_cuda:
+        return function(product, *rowwise, *rest)
+    lot, found, matrix = max(1, CACHED // product.shape[1]), [], None
+    for start in range(0, max(1, len(product)), lot):
+        part = slice(start, start + lot)
+        matrix, *columns = function(product[part], *(x[part] for x in rowwise), *rest)
+        if matrix is not None:
+            product[part] = matrix
+        found.append(columns)
+    return None if matrix is None else product, *(torch.cat(column) for column in zip(*found, strict=True))
 
 
 @functools.cache

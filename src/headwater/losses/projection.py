@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from headwater.losses.numerics import (
+    NO_MASS,
     accurate_dtype,
     add_product,
+    by_rows,
     check_projection,
     first_rows,
     fused,
@@ -61,28 +63,32 @@ def scaled(product: Tensor, bias: Tensor | None, rows: int, temperature: float, 
 
 @no_type_check
 def _statistics(
-    product: Tensor, bias: Tensor | None, rows: int, temperature: float, out: torch.dtype, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    product: Tensor, targets: Tensor, bias: Tensor | None, rows: int, temperature: float, out: torch.dtype
+) -> tuple[None, Tensor, Tensor, Tensor]:
     """Normaliser, log-prob of the target and entropy of every row of a product of hidden states and head."""
     logits = scaled(product, bias, rows, temperature, out)
-    normaliser = logits.logsumexp(1)
-    logprobs = logits.gather(1, targets[:, None])[:, 0] - normaliser
-    return normaliser, logprobs, torch.special.entr((logits - normaliser[:, None]).exp()).sum(1)
+    top = logits.amax(1, keepdim=True)
+    below = logits - top
+    target = below.gather(1, targets[:, None])[:, 0]
+    mass = below.exp()
+    total = mass.sum(1)
+    # H = log Z - E[logit - top]: two terms that are never negative, so nothing cancels.
+    entropy = total.log() - (mass * below.clamp(min=NO_MASS)).sum(1) / total
+    return None, top[:, 0] + total.log(), target - total.log(), entropy
 
 
 @no_type_check
 def _slopes(
     product: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    grad: Tensor,
     bias: Tensor | None,
     rows: int,
     temperature: float,
     out: torch.dtype,
-    targets: Tensor,
-    normaliser: Tensor,
-    grad: Tensor,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the log-probs with respect to the product (its shape and dtype), and its sum over tokens."""
+) -> tuple[Tensor]:
+    """Gradient of the log-probs with respect to the product, in its shape and dtype."""
     logits = scaled(product, bias, rows, temperature, out)
     slope = grad[:, None].to(out) / temperature
     slopes = (logits - normaliser[:, None]).exp_().mul_(-slope)
@@ -90,7 +96,7 @@ def _slopes(
         slopes = torch.where(torch.arange(rows, device=slopes.device) == targets[:, None], slopes + slope, slopes)
     else:
         slopes.scatter_add_(1, targets[:, None], slope)
-    return with_columns(slopes, product.shape[1], product.dtype), slopes.sum(0) if wants_bias else None
+    return (with_columns(slopes, product.shape[1], product.dtype),)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -112,8 +118,8 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             product = matmul(hidden[part], cut.T, multiply)
-            normaliser[part], logprobs[part], entropy[part] = fused(_statistics, product)(
-                product, cut_bias, rows, temperature, out, targets[part]
+            _, normaliser[part], logprobs[part], entropy[part] = by_rows(
+                fused(_statistics, product), product, (targets[part],), cut_bias, rows, temperature, out
             )
         ctx.save_for_backward(hidden, head, bias, targets, normaliser)
         ctx.settings = (temperature, rows, chunk_tokens, multiply, out)
@@ -135,10 +141,10 @@ class _TokenLogprobs(torch.autograd.Function):
         # Only rows with a gradient: a masked token's hidden state may hold NaN, and 0 * NaN would spread it.
         for part in grad_logprobs.nonzero()[:, 0].split(chunk_tokens):
             product = matmul(hidden[part], cut.T, multiply)
-            given = (targets[part], normaliser[part], grad_logprobs[part], grad_bias is not None)
-            slopes, total = fused(_slopes, product)(product, cut_bias, rows, temperature, out, *given)
+            given = (targets[part], normaliser[part], grad_logprobs[part])
+            (slopes,) = by_rows(fused(_slopes, product), product, given, cut_bias, rows, temperature, out)
             if grad_bias is not None:
-                grad_bias[:rows] += total
+                grad_bias[:rows] += slopes[:, :rows].sum(0, dtype=out)
             if grad_hidden is not None:
                 grad_hidden[part] = matmul(slopes, cut, multiply).to(hidden.dtype)
             if grad_head is not None:

@@ -172,7 +172,9 @@ def draw(
     if not (top_k or top_p < 1) and logits.shape[1] > SMALL_VOCAB:
         # On a CPU some rows at a time, so that each pass finds them in the cache.
         lot = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-        drawn = [_draw_in_blocks(*part, temperature) for part in zip(logits.split(lot), uniform.split(lot), strict=True)]
+        drawn = [
+            _draw_in_blocks(*part, temperature) for part in zip(logits.split(lot), uniform.split(lot), strict=True)
+        ]
         return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
     logprobs = (logits.float() / temperature).log_softmax(-1)
     probs = logprobs.double().exp()
