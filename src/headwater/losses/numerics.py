@@ -104,7 +104,7 @@ CACHED = 1 << 19
 
 def by_rows(
     function: Callable[..., Any], product: Tensor, rowwise: tuple[Tensor, ...], *rest: Any
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:  # Any: a matrix or None, then a tensor for every value
     """function(product, *rowwise, *rest), which treats every row for itself: a matrix like the product or None, then
     tensors with a value a row. On a CPU some rows at a time, and the matrix takes the product's place."""
     if product.is_cuda:
