@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headwater.config import Served
+from headwater.losses.numerics import by_rows
 from headwater.losses.projection import token_logprobs
 from headwater.models.language_model import LanguageModel
 from headwater.models.server import complete
@@ -63,13 +64,16 @@ def top_k_scores(teacher: LanguageModel, batch: Batch, k: int, view: View) -> Ba
     logprobs: list[tuple[MicroBatch, Tensor]] = []
     for micro in micro_batches(batch, max_tokens=view.max_tokens, device=teacher.device, share=teacher.shares_prefixes):
         hidden = states(teacher, micro)
-        top = [
-            (teacher.logits(chunk).float() / view.temperature).log_softmax(-1).topk(k)
-            for chunk in hidden.split(view.chunk_tokens)
-        ]
-        ids.append((micro, torch.cat([t.indices for t in top])))
-        logprobs.append((micro, torch.cat([t.values for t in top])))
+        chunks = [by_rows(_top, teacher.logits(c), (), k, view.temperature) for c in hidden.split(view.chunk_tokens)]
+        ids.append((micro, torch.cat([best for _, best, _ in chunks])))
+        logprobs.append((micro, torch.cat([values for _, _, values in chunks])))
     return batch.with_fields(teacher_ids=unflatten(batch, ids), teacher_logprobs=unflatten(batch, logprobs))
+
+
+def _top(logits: Tensor, k: int, temperature: float) -> tuple[None, Tensor, Tensor]:
+    logits = logits.float() / temperature
+    values, best = logits.topk(k)
+    return None, best, values - logits.logsumexp(1, keepdim=True)
 
 
 def served_scores(
