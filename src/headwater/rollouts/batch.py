@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -90,7 +91,8 @@ def states(model: LanguageModel, micro: MicroBatch) -> Float[Tensor, "tokens hid
 def micro_batches(
     batch: Batch, *, max_tokens: int, device: torch.device | str = "cpu", share: bool = False
 ) -> list[MicroBatch]:
-    """Cut a batch, longest rows first, so that rows x width <= max_tokens (a row that is longer goes alone).
+    """Cut a batch, longest rows first, so that rows x width <= max_tokens (a row that is longer goes alone), and where
+    more padding is saved than a micro-batch costs.
 
     Padding uses id 0 on the right, where causal attention cannot see it; rows without completion tokens are dropped.
     With `share`, rows of one prompt go on from a prefix computed once (the budget then counts prefixes and rows alike)
@@ -126,24 +128,41 @@ def executed_work(micros: Sequence[MicroBatch], mesh: Mesh) -> tuple[Work, Work]
     return flops.total(mesh.collect(rows)), flops.total(mesh.collect(shared))
 
 
-def _cut(order: list[tuple[int, int, int, int]], max_tokens: int) -> tuple[list[list[int]], int]:
-    """Consecutive (row, prefix, length of the prefix, length of the row) in groups within the budget, and the padded
-    tokens of all groups: each has its prefixes once, padded to its longest, and its rows, padded to its longest."""
-    groups: list[list[int]] = []
-    costs: list[int] = []
-    before, behind, seen = 0, 0, set[int]()
-    for row, prefix, start, end in order:
-        before, behind = max(before, start), max(behind, end)
-        seen.add(prefix)
-        cost = len(seen) * before + (len(groups[-1]) + 1) * behind if groups else max_tokens + 1
-        if cost <= max_tokens:
+Row = tuple[int, int, int, int]
+"""A row, its prefix, the length of the prefix, the length of the row."""
+MICRO_BATCH_COSTS = 512
+"""Tokens that a pass could compute in the time it takes whatever its size (benchmarks/README.md)."""
+
+
+def _cut(order: list[Row], max_tokens: int) -> tuple[list[list[int]], int]:
+    """Consecutive rows in groups within the budget, and the padded tokens of all: a group has its prefixes once, padded
+    to its longest, and its rows, padded to its longest."""
+    groups: list[list[Row]] = []
+    for lot in _lots(order):
+        groups.append([])
+        for row in lot:
+            if groups[-1] and _padded([*groups[-1], row]) > max_tokens:
+                groups.append([])
             groups[-1].append(row)
-            costs[-1] = cost
-        else:
-            groups.append([row])
-            costs.append(start + end)
-            before, behind, seen = start, end, {prefix}
-    return groups, sum(costs)
+    return [[row[0] for row in group] for group in groups], sum(map(_padded, groups))
+
+
+def _lots(order: list[Row], pieces: int = 32) -> list[list[Row]]:
+    """The order cut where that is cheapest, in padded tokens and MICRO_BATCH_COSTS for each lot, among at most `pieces`
+    equal pieces; without regard to the budget."""
+    size = max(1, -(-len(order) // pieces))
+    ends = [min(start + size, len(order)) for start in range(0, len(order), size)]
+    best: list[tuple[float, list[int]]] = [(0.0, [])]  # of the first 0, 1, ... pieces: cost, and where lots end
+    for end in ends:
+        begun = zip(best, [0, *ends], strict=False)
+        costs = ((cost + MICRO_BATCH_COSTS + _padded(order[start:end]), [*cut, end]) for (cost, cut), start in begun)
+        best.append(min(costs))
+    return [order[start:end] for start, end in pairwise([0, *best[-1][1]])]
+
+
+def _padded(rows: list[Row]) -> int:
+    prefixes = len({prefix for _, prefix, _, _ in rows}) * max(start for _, _, start, _ in rows)
+    return prefixes + len(rows) * max(end for _, _, _, end in rows)
 
 
 def _pad(batch: Batch, rows: list[int], device: torch.device | str, *, share: bool = False) -> MicroBatch:
