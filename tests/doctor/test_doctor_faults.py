@@ -230,6 +230,16 @@ def test_a_healthy_pair_is_healthy(root: Path, tmp_path: Path):
     assert trouble(examine(recipe(root), Store(tmp_path / "store"))) == {}
 
 
+def test_a_token_by_its_name_may_end_completions(root: Path, tmp_path: Path):
+    """A byte-level tokenizer calls the end of a line "Ċ", which is two other tokens when read as text."""
+    plain = recipe(root)
+    models = {role: model.model_copy(update={"stop_tokens": ("Ċ",)}) for role, model in plain.models.items()}
+    found = trouble(
+        examine(plain.model_copy(update={"models": models}), Store(tmp_path / "s"), problems=2, rewards=False)
+    )
+    assert not [f.seen for name, f in found.items() if "end tokens" in name]
+
+
 @pytest.mark.slow  # half a minute of sampling together
 def test_answers_of_other_problems_are_felt_in_the_rewards(root: Path, tmp_path: Path):
     """Bare answers that slipped by a row: nothing in the file shows it."""

@@ -183,8 +183,12 @@ def _ends(patient: Patient) -> Finding:
     chosen = {vocabulary[token] for token in config.stop_tokens}
     beyond = [i for i in patient.ends if i >= len(tokenizer)]
     ordinary = [i for i in patient.ends if i not in special | chosen and i not in beyond]
+    # Byte-level tokenizers name a token otherwise than it reads: the end of a line is called "Ċ".
     broken = [
-        i for i in patient.ends if i < len(tokenizer) and template.plain(tokenizer, _tokens(patient, [i])[0]) != [i]
+        i
+        for i in patient.ends
+        if i < len(tokenizer)
+        and [i] not in (template.plain(tokenizer, text) for text in (_tokens(patient, [i])[0], tokenizer.decode([i])))
     ]
     fault = (
         f"end token {beyond[0]} is beyond the {len(tokenizer)} tokens of the vocabulary" if beyond
