@@ -8,14 +8,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from headwater.config import Served
 from headwater.models import template
+from headwater.models.in_vllm.headwater_vllm import Weights
 from headwater.models.language_model import LanguageModel
 from headwater.types import Rollout
+
+
+class FakeWorker(Weights):
+    """The part of vLLM's worker that weights are handed to; with `keeps` it says yes and does nothing."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model_runner = SimpleNamespace(get_model=lambda: model.module)
+        self.model_config = SimpleNamespace(dtype=torch.float32, logprobs_mode="processed_logprobs")
+        self.keeps, self.resets, self.resettable = False, 0, True
+
+    @torch.no_grad()
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        for name, weight in weights_iterator:
+            if not self.keeps:
+                self.model_runner.get_model().get_parameter(name).copy_(weight)
 
 
 @dataclass
@@ -35,6 +52,7 @@ class FakeVLLM:
     faults: list[int | str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
+    workers: list[FakeWorker] = field(default_factory=list)
     lock: Any = field(default_factory=Lock)
 
     @property
@@ -48,6 +66,11 @@ class FakeVLLM:
             assert body["add_special_tokens"] is False
             ids = [i + self.shifted_ids for i in template.plain(self.model.tokenizer, body["prompt"])]
             return 200, {"count": len(ids), "max_model_len": 4096, "tokens": ids, "token_strs": None}
+        if path == "/reset_prefix_cache":
+            self.workers[0].resets += 1
+            return 200, {"success": self.workers[0].resettable}
+        if path == "/collective_rpc":
+            return 200, {"results": [getattr(worker, body["method"])(**body["kwargs"]) for worker in self.workers]}
         assert path == "/v1/completions"
         self.asked.append(body)
         if (k := body.get("prompt_logprobs")) is not None:
@@ -57,7 +80,11 @@ class FakeVLLM:
         mine = [r for r in self.rollouts if r.prompt_ids == body["prompt"]]
         rows = self.draw(body) if self.draw else mine[: body["n"]]
         return 200, {
-            "choices": [{"index": i, "text": r.text, "token_ids": r.completion_ids} for i, r in enumerate(rows)]
+            "choices": [
+                {"index": i, "text": r.text, "token_ids": r.completion_ids}
+                | ({"logprobs": {"token_logprobs": r.sampler_logprobs}} if "logprobs" in body else {})
+                for i, r in enumerate(rows)
+            ]
         }
 
     @torch.no_grad()

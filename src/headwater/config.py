@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from headwater.arms import METHODS, PRESETS, Arm, Name, StageName, arm_stages
-from headwater.execution import Execution, Served
+from headwater.execution import Execution, Served, ServedStudent
 from headwater.methods import (
     GRPO,
     SFT,
@@ -52,6 +52,7 @@ __all__ = [
     "Probe",
     "Recipe",
     "Served",
+    "ServedStudent",
     "TeacherRollouts",
     "Tuning",
     "Variant",
@@ -198,6 +199,7 @@ class Recipe(Frozen):
         self._check_idle()
         self._check_tuning()
         self._check_served()
+        self._check_sampler()
         return self
 
     def _check_arm(self, name: str) -> None:
@@ -259,6 +261,21 @@ class Recipe(Frozen):
                         f"arm {name!r}, [stages.{stage}]: a served teacher gives top-k log-probs at temperature 1 "
                         f"and samples: {change}; or remove [execution.teacher]"
                     )
+
+    def _check_sampler(self) -> None:
+        if (served := self.execution.sampler) is None:
+            return
+        if served.url and self.execution.executor not in ("inline", "local:1"):
+            raise ValueError("[execution.sampler] url has one set of weights: use `python`, or executor = 'inline'")
+        if served.url and self.execution.teacher is not None and self.execution.teacher.root == served.root:
+            raise ValueError("[execution.sampler] and [execution.teacher] are one url, but two sets of weights")
+        for name, arm in self.arms.items():
+            stages = {stage: self.settings(name, stage) for stage in arm_stages(arm)}
+            sampling = {stage: s for stage, s in stages.items() if isinstance(s, GRPO | Distill | Joint)}
+            if lora := [stage for stage, settings in sampling.items() if settings.lora is not None]:
+                raise ValueError(f"arm {name!r}, {lora}: [execution.sampler] has no adapters; remove it or lora")
+            if served.url and "teacher_rl" in sampling and arm.teacher_model != "student":
+                raise ValueError(f"arm {name!r}: [execution.sampler] url serves the student alone; use `python`")
 
     def _is_endpoint(self, name: str) -> bool:
         arm, _, stage = name.partition("/")

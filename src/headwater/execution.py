@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from headwater.methods import Frozen
 
@@ -20,6 +20,30 @@ class Served(Frozen):
     """Of a request: the completions of one prompt, or the scores of one completion."""
     requests: int = Field(default=32, ge=1)
     """Under way at once."""
+
+    @property
+    def root(self) -> str:
+        """The URL without /v1."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+
+class ServedStudent(Served):
+    """A vLLM server that samples from the model under training (docs/algorithms.md, "vLLM samples from the student"):
+    one that runs at `url`, or one that every stage starts with `python`."""
+
+    url: str = Field(default="", pattern=r"^(https?://.*)?$")
+    python: str = ""
+    """An interpreter that has vLLM."""
+    arguments: tuple[str, ...] = ()
+    """More of vLLM's for `python`, such as `["--gpu-memory-utilization", "0.4"]`."""
+    directory: str = ""
+    """Where weights are handed over, in files that the server can read; unset = the stage's directory."""
+
+    @model_validator(mode="after")
+    def _one(self) -> ServedStudent:
+        if bool(self.url) == bool(self.python):
+            raise ValueError("give `url` of a vLLM server that runs or `python` of an environment with vLLM, not both")
+        return self
 
 
 class Execution(Frozen):
@@ -64,6 +88,8 @@ class Execution(Frozen):
     """Lay a frozen teacher's layers out over all visible GPUs (needs accelerate: `pip install headwater[gguf]`)."""
     teacher: Served | None = None
     """Who samples and scores for a frozen teacher, whose weights are then not loaded here."""
+    sampler: ServedStudent | None = None
+    """Who samples in `grpo`, `distill` and `joint` from the model that they train; unset = this process."""
 
     @field_validator("executor")
     @classmethod

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from headwater import checkpoint
-from headwater.config import Execution
+from headwater.config import Execution, ServedStudent
 from headwater.ledger import Ledger
 from headwater.mesh import Mesh
 from headwater.meter import Bill, Meter, difference
@@ -39,8 +39,8 @@ class StageRun:
 
     `evaluate`, when given, is called every `execution.eval_every` steps with the number of updates done, `monitor`
     every `execution.monitor_every` and at start and end; they have their own random streams, so calling them more often
-    changes nothing. `audit` is a second grader (`stages.common.audit_metrics`). `gate` is the evidence of a gated
-    stage, set when its loop has ended.
+    changes nothing. `audit` is a second grader (`stages.common.audit_metrics`). `sampler` is a running server that
+    samples from the model under training. `gate` is the evidence of a gated stage, set when its loop has ended.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class StageRun:
         self._monitor = monitor
         self._mirror = mirror
         self.audit = audit
+        self.sampler: ServedStudent | None = None
         self.gate: dict[str, Any] | None = None
         self._seen = (time.monotonic(), 0)
 

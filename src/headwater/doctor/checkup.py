@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from headwater.config import GRPO, ModelConfig, Recipe, arm_stages
+from headwater.config import GRPO, ModelConfig, Recipe, Served, arm_stages
 from headwater.doctor import behaviour, data, prompts, weights
 from headwater.doctor.finding import Finding, guarded, judge, refused
 from headwater.doctor.prompts import Patient
@@ -16,6 +17,7 @@ from headwater.models.language_model import LanguageModel, wrap
 from headwater.models.server import ask
 from headwater.rollouts.batch import Batch
 from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.rollouts.synced import check_server
 from headwater.scoring.log_probs import View, served_scores
 from headwater.stages.node import model_directory
 from headwater.store import Store
@@ -66,6 +68,8 @@ def checkup(recipe: Recipe) -> tuple[Material | None, list[Finding]]:
             findings += [replace(f, name=f"student and {role}: {f.name}") for f in guarded("tokens", pair)]
             if recipe.execution.teacher is not None:
                 findings += guarded(f"{role}: server", lambda p=patient: _server(recipe, p))
+    if recipe.execution.sampler is not None:
+        findings += guarded("student: sampler", lambda: _sampler(recipe, got.patients["student"]))
     counts = getattr(got.task, "counts", {})  # tasks from files have them
     findings += guarded("data", lambda: data.check_data(got.train, got.test, counts, golds=_has_golds(got)))
     findings += guarded("grader", lambda: _grader(got))
@@ -111,16 +115,33 @@ def _has_golds(material: Material) -> bool:
     return not own or any(p.answer for p in material.train)
 
 
+def _check_ids(served: Served, patient: Patient) -> None:
+    text = "\n".join(prompts.TRICKY)
+    theirs = ask(served, "/tokenize", {"prompt": text, "add_special_tokens": False}, lambda answer: answer["tokens"])
+    if theirs != template.plain(patient.tokenizer, text):
+        raise ValueError(
+            f"the model at {served.url} has other ids for a text than the tokenizer of {patient.config.source}: serve "
+            f"that model, or give the {patient.role} the source of the one that is served"
+        )
+
+
+def _sampler(recipe: Recipe, student: Patient) -> Iterator[Finding]:
+    """That the server can take weights and spells as the tokenizer here does; of an interpreter, that it has vLLM."""
+    served = recipe.execution.sampler
+    assert served is not None
+    if served.url:
+        check_server(served, student.config.dtype)
+        _check_ids(served, student)
+    elif (tried := subprocess.run([served.python, "-c", "import vllm"], capture_output=True, text=True)).returncode:
+        raise ValueError(f"{served.python} does not import vllm: {tried.stderr[-500:]}")
+    yield Finding("ok", "student: sampler", f"{served.url or served.python} answers")
+
+
 def _server(recipe: Recipe, teacher: Patient) -> Iterator[Finding]:
     """That it has the model, spells as the tokenizer here does, and sends as many log-probs as the stages ask for."""
-    served, text = recipe.execution.teacher, "\n".join(prompts.TRICKY)
+    served = recipe.execution.teacher
     assert served is not None
-    theirs = ask(served, "/tokenize", {"prompt": text, "add_special_tokens": False}, lambda answer: answer["tokens"])
-    if theirs != template.plain(teacher.tokenizer, text):
-        raise ValueError(
-            f"the model at {served.url} has other ids for a text than the tokenizer of {teacher.config.source}: serve "
-            "that model, or give the teacher the source of the one that is served"
-        )
+    _check_ids(served, teacher)
     stages = [recipe.settings(name, stage) for name, arm in recipe.arms.items() for stage in arm_stages(arm)]
     k, probe = max(getattr(s, "stored_top_k", 0) for s in stages), template.plain(teacher.tokenizer, "12 + 34 = 46")
     try:

@@ -26,8 +26,7 @@ def ask(served: Served, path: str, body: dict[str, Any], read: Callable[[Any], T
     Raises ValueError, with its own words, for what the server refuses, and for an answer that is not vLLM's;
     ConnectionError when it is out of reach, breaks off or fails in every try.
     """
-    base = served.url.rstrip("/")
-    url = f"{base.removesuffix('/v1')}{path}" if path.startswith("/") else f"{base}/{path}"
+    url = f"{served.root}{path}" if path.startswith("/") else f"{served.url.rstrip('/')}/{path}"
     headers, reason = {"Content-Type": "application/json"}, ""
     if key := os.environ.get("VLLM_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headwater.config import Served
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.models.server import complete
@@ -20,22 +21,26 @@ PLAIN = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "freq
 
 @dataclass(frozen=True)
 class ServedSampler:
-    """The distribution of `TransformersSampler` by the server's own random numbers, so other rollouts, and without
-    log-probs. Every prompt has a seed; what repeats under it is up to the server."""
+    """The distribution of `TransformersSampler` by the server's own random numbers, so other rollouts, and log-probs
+    only where `scored`. Every prompt has a seed; what repeats under it is up to the server."""
 
     model: LanguageModel
     mesh: Mesh
+    served: Served
+    version: int = 0
+    scored: bool = False
+    """Ask for every token's log-prob: of the tempered distribution, where the server sends processed log-probs."""
     prefilled = decoded = None
     """What the server multiplied is not known: the meter counts what was needed."""
 
     def sample(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """`group_size` completions of every problem, in order; raises as `models.server.ask` does."""
         model, size = self.model, sampling.group_size
-        assert model.served is not None
         asked: dict[str, Any] = {"n": size, "max_tokens": sampling.max_new_tokens, "return_token_ids": True, **PLAIN}
         asked |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         asked |= {"stop_token_ids": list(model.eos_ids), "ignore_eos": True}  # ends by these alone, and these texts:
         asked |= {"stop": list(model.config.stop), "skip_special_tokens": False}
+        asked |= {"logprobs": 0} if self.scored else {}
         asked |= {"logit_bias": {str(i): -100.0 for i in range(model.vocab_size, model.padded_head.shape[0])}}
         mine = self.mesh.shard(range(len(problems)))
         bodies = [
@@ -48,19 +53,22 @@ class ServedSampler:
             if len(rows) != size or not all(rows):
                 raise ValueError(f"the server sent {len(rows)} of {size} completions, or one without tokens")
             rows = [ids[: stop_length(model.tokenizer, ids, model.config.stop)] for ids in rows]
-            made = enumerate((ids, model.decode(ids), model.is_finished(ids)) for ids in rows)
-            problem, prompt = problems[mine[i]].id, bodies[i]["prompt"]
-            return [Rollout(problem, g, prompt, ids, [], text, finished, 0) for g, (ids, text, finished) in made]
+            told = [choice["logprobs"]["token_logprobs"] if self.scored else [] for choice in choices]
+            made = enumerate((ids, scores[: len(ids)]) for ids, scores in zip(rows, told, strict=True))
+            problem, prompt, version = problems[mine[i]].id, bodies[i]["prompt"], self.version
+            return [
+                Rollout(problem, g, prompt, ids, scores, model.decode(ids), model.is_finished(ids), version)
+                for g, (ids, scores) in made
+            ]
 
-        groups = self.mesh.gather(complete(model.served, bodies, read))
+        groups = self.mesh.gather(complete(self.served, bodies, read))
         return [rollout for group in groups for rollout in group]
 
 
-AnySampler = TransformersSampler | ServedSampler
-
-
-def sampler_for(model: LanguageModel, *, max_tokens: int = 262_144, mesh: Mesh | None = None) -> AnySampler:
+def sampler_for(
+    model: LanguageModel, *, max_tokens: int = 262_144, mesh: Mesh | None = None
+) -> TransformersSampler | ServedSampler:
     """Who samples where the model's weights are."""
     if model.served is not None:
-        return ServedSampler(model, mesh or Mesh())
+        return ServedSampler(model, mesh or Mesh(), model.served)
     return TransformersSampler(model, max_tokens=max_tokens, mesh=mesh)

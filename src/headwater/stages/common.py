@@ -19,14 +19,16 @@ from headwater.methods import EXACT
 from headwater.models.language_model import LanguageModel
 from headwater.monitors.health import repetition
 from headwater.rollouts.batch import Batch, MicroBatch, executed_work, micro_batches
-from headwater.rollouts.sampler import Sampling
-from headwater.rollouts.served import AnySampler, sampler_for
+from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.rollouts.served import ServedSampler, sampler_for
+from headwater.rollouts.synced import SyncedSampler
 from headwater.run import StageRun
-from headwater.scoring.log_probs import hidden_scores, stored_scores
+from headwater.scoring.log_probs import View, hidden_scores, score_tokens, stored_scores
 from headwater.types import Grade, Problem, Rollout, Verdict
 from headwater.update import Loss, Term
 
 T = TypeVar("T")
+AnySampler = TransformersSampler | ServedSampler | SyncedSampler
 GIVEN_UP = ("timeout", "memory", "error")
 """Reasons that say nothing about the completion."""
 AUDITED = 32
@@ -85,6 +87,30 @@ def audit_metrics(
     return {
         "audit/agreement": sum(v.correct == s.correct for v, s in pairs) / len(pairs),
         "audit/reward_gap": sum(v.score - s.score for v, s in pairs) / len(pairs),
+    }
+
+
+def student_sampler(model: LanguageModel, run: StageRun) -> TransformersSampler | SyncedSampler:
+    """Who samples from the model that the stage trains."""
+    if run.sampler is not None:
+        return SyncedSampler(model, run.mesh, run.sampler, run.directory)
+    return TransformersSampler(model, max_tokens=run.execution.sampler_tokens, mesh=run.mesh)
+
+
+def mismatch_metrics(
+    settings: Distill, run: StageRun, student: LanguageModel, rollouts: Sequence[Rollout], step: int
+) -> dict[str, float]:
+    """What `clipped_policy_gradient` says of the sampler where that is a server, for losses without that gradient: on
+    at most 32 evenly spaced rollouts of a logged step, not metered; {} otherwise."""
+    if run.sampler is None or not run.logs(step, settings.steps):
+        return {}
+    some = list(rollouts[:: math.ceil(len(rollouts) / AUDITED)])
+    view = View(settings.temperature, run.execution.micro_batch_tokens, run.execution.chunk_tokens)
+    ours = torch.cat(score_tokens(student, Batch.of(some), view))
+    gap = ours - torch.tensor([x for r in some for x in r.sampler_logprobs])
+    return {
+        "policy/sampler_mismatch_kl": float((torch.expm1(gap) - gap).mean()),
+        "policy/sampler_mismatch_max": float(gap.abs().max()),
     }
 
 

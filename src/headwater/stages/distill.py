@@ -13,7 +13,7 @@ from headwater.methods import EXACT
 from headwater.models.language_model import LanguageModel, check_same_tokenizer
 from headwater.rollouts import streams
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
-from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.rollouts.sampler import Sampling
 from headwater.run import StageRun
 from headwater.scoring.log_probs import View, score_tokens, top_k_scores
 from headwater.scoring.weights import token_weights
@@ -25,7 +25,9 @@ from headwater.stages.common import (
     count_scored,
     count_trained,
     dense_loss,
+    mismatch_metrics,
     rollout_metrics,
+    student_sampler,
 )
 from headwater.stages.spans import Pair, aligned, span_loss, with_scores
 from headwater.stages.watched import hold_out, looker, watched
@@ -62,7 +64,7 @@ def train(
     if teacher is not None and pair is None:
         check_same_tokenizer(student, teacher)
     ex, mesh, per_step = run.execution, run.mesh, settings.problems_per_step
-    sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens, mesh=mesh)
+    sampler = student_sampler(student, run)
     optimizer = AdamW(student, settings.optimizer)
     look = looker(settings, held, student, run, seed, teacher=teacher, grade=grade)
 
@@ -75,6 +77,7 @@ def train(
         count_sampled(run, sampler, rollouts, settings.group_size)
 
         batch = Batch.of(rollouts)
+        differing = mismatch_metrics(settings, run, student, rollouts, step)
         weights, denominator = token_weights(torch.tensor(batch.lengths), "token")
         batch = batch.with_fields(weights=list(weights.split(batch.lengths)))
         mine, scored = batch.shard(mesh), batch
@@ -108,7 +111,7 @@ def train(
             count_scored(run, teacher, scored, None if settings.stored_top_k or not dense else micros)
         count_trained(run, student, batch, micros, DENSE if dense else SPARSE)
 
-        run.log(step, settings.steps, {**rollout_metrics(rollouts), **metrics})
+        run.log(step, settings.steps, {**rollout_metrics(rollouts), **differing, **metrics})
         run.show(step, rollouts)
         run.evaluate_if_due(step + 1)
         run.save_if_due(step + 1, settings.steps, optimizer)

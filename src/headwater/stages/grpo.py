@@ -15,13 +15,14 @@ from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts import streams
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
-from headwater.rollouts.sampler import Sampling, TransformersSampler
+from headwater.rollouts.sampler import Sampling
 from headwater.run import StageRun
 from headwater.scoring.advantages import group_advantages
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import soft_overlong_penalty, token_weights
 from headwater.stages.common import (
     SPARSE,
+    AnySampler,
     audit_metrics,
     check_pool,
     count_sampled,
@@ -30,6 +31,7 @@ from headwater.stages.common import (
     grade_sharded,
     rollout_metrics,
     rows_of,
+    student_sampler,
 )
 from headwater.stages.watched import hold_out, looker, watched
 from headwater.types import Grade, Problem, Rollout, Verdict
@@ -62,7 +64,7 @@ def train(
         raise ValueError(
             f"kl_coef = {settings.kl_coef} and {'a' if reference else 'no'} reference: give both or neither"
         )
-    sampler = TransformersSampler(policy, max_tokens=run.execution.sampler_tokens, mesh=run.mesh)
+    sampler = student_sampler(policy, run)
     optimizer = AdamW(policy, settings.optimizer)
 
     look = looker(settings, held, policy, run, seed, grade=grade)
@@ -147,7 +149,7 @@ def _live_groups(
     settings: GRPO,
     drawn: list[Problem],
     pool: Sequence[Problem],
-    sampler: TransformersSampler,
+    sampler: AnySampler,
     grade: Grade,
     place: tuple[int, int],
     run: StageRun,
@@ -179,7 +181,7 @@ def _live_groups(
 def sample_groups(
     settings: GRPO,
     problems: list[Problem],
-    sampler: TransformersSampler,
+    sampler: AnySampler,
     grade: Grade,
     stream: tuple[object, ...],
     run: StageRun,

@@ -10,7 +10,6 @@ from headwater.config import Joint
 from headwater.models.language_model import LanguageModel, check_same_tokenizer
 from headwater.rollouts import streams
 from headwater.rollouts.batch import MicroBatch, micro_batches
-from headwater.rollouts.sampler import TransformersSampler
 from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
 from headwater.stages.common import (
@@ -23,6 +22,7 @@ from headwater.stages.common import (
     dense_loss,
     rollout_metrics,
     rows_of,
+    student_sampler,
 )
 from headwater.stages.grpo import group_batch, policy_loss, reward_metrics, sample_groups, weigh
 from headwater.stages.watched import watched
@@ -51,7 +51,7 @@ def train(
     check_pool(problems, settings.problems_per_step, labelled=True)
     check_same_tokenizer(student, teacher)
     ex, mesh, per_step = run.execution, run.mesh, settings.problems_per_step
-    sampler = TransformersSampler(student, max_tokens=ex.sampler_tokens, mesh=mesh)
+    sampler = student_sampler(student, run)
     optimizer = AdamW(student, settings.optimizer)
 
     for step in watched(settings, None, run, run.restore(optimizer)):

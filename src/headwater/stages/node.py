@@ -32,6 +32,7 @@ from headwater.models.language_model import LanguageModel, check_same_tokenizer,
 from headwater.monitors.closeness import closeness
 from headwater.probe.measure import measure
 from headwater.probe.rule import Situation, judge
+from headwater.rollouts.synced import sampling_server
 from headwater.run import OnLog, StageRun, lease, save_model, set_deterministic
 from headwater.scoring.log_probs import View
 from headwater.spec import DecisionSpec, EvaluationSpec, ModelRef, Node, Problems, StageSpec
@@ -280,11 +281,14 @@ def _train(job: Job, store: Store, directory: Path, on_log: OnLog | None) -> dic
     )
     try:
         # A side of a split that has no labels takes no step.
-        optimizer = (
-            _dispatch(node, policy, teacher, problems, graders, store, run)
-            if problems
-            else AdamW(policy, node.settings.optimizer)
-        )
+        samples = problems and isinstance(node.settings, GRPO | Distill | Joint)
+        served = execution.sampler if samples else None
+        with sampling_server(served, policy, mesh, directory / "vllm.log") as run.sampler:
+            optimizer = (
+                _dispatch(node, policy, teacher, problems, graders, store, run)
+                if problems
+                else AdamW(policy, node.settings.optimizer)
+            )
     finally:
         for opened in [*graders, *audits, *monitor_pool, *([mirror] if mirror else [])]:
             opened.close()

@@ -50,6 +50,7 @@ ROUNDING = (
     "gradient_checkpointing",
     "compile",
     "teacher",
+    "sampler",
 )
 """Keys of `[execution]` on which the order of sums depends, or who makes them."""
 REFRESH_S, RESULTS_S = 3.0, 30.0
