@@ -107,9 +107,15 @@ def test_a_skipped_sync_is_seen_where_log_probs_agree(
         stale = gaps(model, sampler.sample(PROBLEMS, Sampling(("test",), 4, 16)), 1.0)
     sampler.load(None, 3)
     fresh = gaps(model, sampler.sample(PROBLEMS, Sampling(("test",), 4, 16)), 1.0)
-    print(f"log-probs differ by {worst:.1e} in training, then by {stale.max():.1e} stale and {fresh.max():.1e} fresh")
-    print(f"on {len(stale)} and {len(fresh)} tokens; means {stale.mean():.1e} and {fresh.mean():.1e}")
-    assert stale.max() < 1e-4 and fresh.max() < 1e-4
+    for name, gap in {"stale": stale, "fresh": fresh}.items():
+        kl = float((gap.expm1() - gap).mean())
+        print(
+            f"{name}: log-probs of {len(gap)} tokens differ by {gap.mean():.1e}, at most {gap.max():.1e}; KL {kl:.1e}"
+        )
+    print(f"in training they differ by {worst:.1e} at most")
+    assert fresh.max() < 1e-4
+    # Far below what bfloat16 rounds away, and below what docs/metrics.md takes for health.
+    assert stale.mean() < 5e-3 and (stale.expm1() - stale).mean() < 1e-3
 
 
 @pytest.mark.slow  # vLLM takes minutes to start
