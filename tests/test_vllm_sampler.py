@@ -29,14 +29,7 @@ from headwater.stages import grpo
 from headwater.types import Message, Problem
 
 PROBLEMS = [Problem((Message("user", f"{a}+{b}*3=" * 9),), answer="1") for a in range(4) for b in range(2)]
-ARGUMENTS = ("--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        yield
+ARGUMENTS = ("--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "67108864")
 
 
 def write(root: Path) -> Path:

@@ -122,7 +122,7 @@ def sampling_server(
     """The settings with the URL of a server, started where they name an interpreter and ended with the block, or with
     this process; None for None.
 
-    Raises ValueError as `check_server` does and, with the end of its log, when the server does not come up.
+    Raises ValueError as `check_server` does and, in the words of its log, when the server does not come up.
     """
     if settings is None or settings.url:
         yield settings
@@ -139,7 +139,7 @@ def sampling_server(
     # Random weights: the first sync replaces them, and if it did not, nobody could take them for the student's.
     command += ["--load-format", "dummy", *settings.arguments]
     environment = os.environ | {"PYTHONPATH": BESIDE, "VLLM_SERVER_DEV_MODE": "1"}
-    with log.open("ab") as file:
+    with log.open("wb") as file:
         pipes = {"stdin": subprocess.PIPE, "stdout": file, "stderr": file}
         bound = ["sh", "-c", BOUND, "sh", *command]
         process = subprocess.Popen(bound, env=environment, start_new_session=True, **pipes)
@@ -164,8 +164,9 @@ def _wait(process: subprocess.Popen[Any], served: ServedStudent, log: Path) -> N
             return urlopen(f"{served.root}/health", timeout=10).close()
         except OSError:
             time.sleep(0.5)
-    said = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    lines = log.read_text(errors="replace").splitlines()
+    said = "\n".join([line for line in lines if "Error: " in line][:1] or lines[-15:])  # the first has the reason
     raise ValueError(
         f"[execution.sampler] python = {served.python!r} did not serve (status {process.poll()}, timeout_s = "
-        f"{served.timeout_s}); the end of {log}:\n{said}"
+        f"{served.timeout_s}); from {log}:\n{said}"
     )
