@@ -11,7 +11,8 @@ from headwater.config import LoRA
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts import streams
 from headwater.rollouts.batch import Batch
-from headwater.rollouts.sampler import Sampling, TransformersSampler, draw
+from headwater.rollouts.draw import draw
+from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.types import Message, Problem, Rollout
 
