@@ -38,16 +38,18 @@ def divergence(student: LanguageModel, teacher: LanguageModel, *, direction: str
     """Nats per token on held-out prompts: forward KL on the teacher's rollouts, reverse KL on the student's."""
     sampler = TransformersSampler(teacher if direction == "forward_kl" else student)
     batch = Batch.of(sampler.sample(HELD_OUT, Sampling(("divergence",), 1, LIMIT)))
-    (micro,) = micro_batches(batch, max_tokens=100_000)
-    _, count, metrics = dense_divergence(
-        student.hidden(micro.ids)[micro.predicts],
-        student.head,
-        hidden_scores(teacher, micro),
-        torch.ones(len(micro.targets)),
-        kind="forward_kl",
-        vocab_size=student.vocab_size,
-    )
-    return float(metrics[f"teacher/{direction}"][0] / count)
+    total = count = 0.0
+    for micro in micro_batches(batch, max_tokens=100_000):
+        _, tokens, metrics = dense_divergence(
+            student.hidden(micro.ids)[micro.predicts],
+            student.head,
+            hidden_scores(teacher, micro),
+            torch.ones(len(micro.targets)),
+            kind="forward_kl",
+            vocab_size=student.vocab_size,
+        )
+        total, count = total + float(metrics[f"teacher/{direction}"][0]), count + float(tokens)
+    return total / count
 
 
 @pytest.fixture(scope="module")
