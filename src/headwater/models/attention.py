@@ -14,8 +14,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 CPU_ATTENTION = "headwater_cpu"
 """`attn_implementation` of models on a CPU."""
 FLOAT32_KEYS = 512
-"""Up to so many keys the backward pass of torch's CPU kernel is faster in float32 than in bfloat16, up to four times
-(benchmarks/README.md)."""
+"""Up to so many keys the backward pass of torch's CPU kernel is faster in float32 than in bfloat16
+(benchmarks/README.md, "What was done on a CPU")."""
 
 
 def cpu_attention(
