@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from headwater.models.attention import CPU_ATTENTION
 def states_and_gradient(attention: str, dtype: torch.dtype, length: int, padding: int) -> tuple[Tensor, Tensor]:
     """Last hidden states of rows, one of them padded on the left, and the gradient of the first layer's keys."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
     config = LlamaConfig(num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024, **sizes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).bfloat16().to(dtype).eval()
     ids = torch.randint(0, 50, (3, length))

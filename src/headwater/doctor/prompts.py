@@ -184,12 +184,8 @@ def _ends(patient: Patient) -> Finding:
     beyond = [i for i in patient.ends if i >= len(tokenizer)]
     ordinary = [i for i in patient.ends if i not in special | chosen and i not in beyond]
     # Byte-level tokenizers name a token otherwise than it reads: the end of a line is called "Ċ".
-    broken = [
-        i
-        for i in patient.ends
-        if i < len(tokenizer)
-        and [i] not in (template.plain(tokenizer, text) for text in (_tokens(patient, [i])[0], tokenizer.decode([i])))
-    ]
+    names = {i: (_tokens(patient, [i])[0], str(tokenizer.decode([i]))) for i in patient.ends if i < len(tokenizer)}
+    broken = [i for i, texts in names.items() if [i] not in (template.plain(tokenizer, text) for text in texts)]
     fault = (
         f"end token {beyond[0]} is beyond the {len(tokenizer)} tokens of the vocabulary" if beyond
         else f"{_tokens(patient, ordinary)} end a completion and are ordinary text" if ordinary
