@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -133,6 +134,21 @@ def write(root: Path) -> Path:
     (root / "grader.py").write_text(GRADER)
     (root / "recipe.toml").write_text(RECIPE.format(root=root))
     return root / "recipe.toml"
+
+
+def write_for_vllm(directory: Path, **changes: Any) -> None:
+    """In place of a model that `write` left, random weights large enough to have opinions, with heads of 32, for which
+    vLLM's CPU build has a kernel; `changes` of its configuration."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    for name, value in {"head_dim": 32, **changes}.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3.0)
+    module.save_pretrained(directory)
 
 
 def without_time(text: str) -> list[str]:

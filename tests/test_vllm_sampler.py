@@ -11,7 +11,6 @@ import pytest
 import tomli_w
 import torch
 from test_export import vllm_python
-from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from headwater.cli import app
@@ -33,18 +32,9 @@ ARGUMENTS = ("--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8",
 
 
 def write(root: Path) -> Path:
-    """The miniature study, its student with heads of 32, for which vLLM's CPU build has a kernel, a tied head and
-    padding rows, none of them a multiple of 64."""
+    """The miniature study, its student with a tied head and padding rows, none of them a multiple of 64."""
     recipe = miniature.write(root)
-    config = AutoConfig.from_pretrained(root / "student")
-    config.head_dim, config.vocab_size, config.tie_word_embeddings = 32, 300, True
-    torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(3.0)
-    module.save_pretrained(root / "student")
+    miniature.write_for_vllm(root / "student", vocab_size=300, tie_word_embeddings=True)
     return recipe
 
 

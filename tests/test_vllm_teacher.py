@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 import torch
 from test_export import vllm_python
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from headwater.config import Distill, ModelConfig, Served, Warmup, load_recipe
 from headwater.doctor.checkup import checkup
@@ -36,18 +36,11 @@ VIEW = View(1.0, 16_384, 1024)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """Random, with heads of 32, which vLLM's CPU build has a kernel for, and no padding rows."""
+    """Random, without padding rows."""
     root = tmp_path_factory.mktemp("vllm")
     miniature.write(root)
-    config = AutoConfig.from_pretrained(root / "teacher")
-    config.head_dim, config.vocab_size = 32, len(AutoTokenizer.from_pretrained(root / "teacher"))
-    torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(3.0)
-    module.save_pretrained(root / "teacher")
+    words = len(AutoTokenizer.from_pretrained(root / "teacher"))
+    miniature.write_for_vllm(root / "teacher", vocab_size=words)
     return load_model(ModelConfig(source=f"file:{root}/teacher"), root / "teacher")
 
 

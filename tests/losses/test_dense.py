@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headwater.losses import HiddenScores, TopKScores, dense_divergence
+from headwater.losses import HiddenScores, TopKScores, dense_divergence, numerics
 from headwater.losses.oracle import dense_divergence_from_logits, topk_divergence_from_logits
 
 KINDS = ["forward_kl", "reverse_kl", "jsd"]
@@ -37,6 +37,13 @@ def assert_equal(actual, expected, inputs, atol=1e-9):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
+@pytest.fixture(params=[3 * ROWS, numerics.CACHED], ids=["lots", "whole"])
+def lots(request, monkeypatch):
+    """Chunks are passed over three rows at a time, as those of a large vocabulary are, or at once."""
+    monkeypatch.setattr(numerics, "CACHED", request.param)
+
+
+@pytest.mark.usefixtures("lots")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
@@ -52,6 +59,7 @@ def test_equals_full_logits_with_gradients(kind, temperature, chunk_tokens, rows
     assert weight == weights.sum()
 
 
+@pytest.mark.usefixtures("lots")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_topk_equals_buckets_with_gradients(kind, k):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headwater.losses import token_logprobs
+from headwater.losses import numerics, token_logprobs
 from headwater.losses.oracle import token_logprobs_from_logits
 
 TOKENS, HIDDEN, ROWS, VOCAB = 11, 5, 13, 10
@@ -17,9 +17,11 @@ def make(dtype=torch.float64, seed=0):
     return *(x.to(dtype).requires_grad_() for x in (hidden, head, bias)), targets
 
 
+@pytest.mark.parametrize("cached", [3 * ROWS, numerics.CACHED], ids=["lots", "whole"])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 64])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_equals_full_logits_with_gradients(chunk_tokens, temperature):
+def test_equals_full_logits_with_gradients(chunk_tokens, temperature, cached, monkeypatch):
+    monkeypatch.setattr(numerics, "CACHED", cached)  # three rows at a time, as with a large vocabulary, or all
     hidden, head, bias, targets = make()
     upstream = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
     logprobs, entropy = token_logprobs(

@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,8 @@ def test_checksums_see_every_bit_of_an_element_and_no_layout():
             )
             seen.add(checksums([("", changed)])[""])
         assert len(seen) == 26
+    up = torch.tensor([1.0, 2.0]).view(torch.int32) + torch.tensor([1, -1], dtype=torch.int32)  # the same sum of bits
+    assert checksums([("", up.view(torch.float32))]) != checksums([("", torch.tensor([1.0, 2.0]))])
     assert checksums([("", torch.tensor([1.0, -0.0]))]) == checksums([("", torch.tensor([0.0, 1.0]))])
     many = torch.randn(BLOCK + 3)
     assert checksums([("", many)]) == checksums([("", many.flip(0))]) != checksums([("", many[1:])])
@@ -149,6 +152,13 @@ def test_rollouts_carry_version_and_log_probs(make_model, problems, fake, tmp_pa
     rollouts = sampler.sample(problems[:3], Sampling(("test",), 2, 8))
     assert {r.policy_version for r in rollouts} == {7} and len(rollouts) == 6
     assert all(len(r.sampler_logprobs) == len(r.completion_ids) for r in rollouts)
+    whole = next(r for r in rollouts if len(r.completion_ids) > 3)
+    stop = str(student.tokenizer.decode(whole.completion_ids[:2]))
+    config = student.config.model_copy(update={"stop": (stop,)})
+    sampler.model = replace(student, config=config)
+    short = sampler.sample(problems[:3], Sampling(("test",), 2, 8))[rollouts.index(whole)]
+    assert 0 < len(short.completion_ids) < len(whole.completion_ids) and not short.text
+    assert short.sampler_logprobs == whole.sampler_logprobs[: len(short.completion_ids)]
 
 
 def test_weights_that_stay_as_they_were_end_the_stage(make_model, problems, parity_grade, fake, tmp_path: Path):

@@ -17,6 +17,9 @@ FLOAT32_KEYS = 512
 """Up to so many keys the backward pass of torch's CPU kernel is faster in float32 than in bfloat16
 (benchmarks/README.md, "What was done on a CPU")."""
 
+ELSEWHERE = ("position_bias", "softcap", "cache")
+"""What some architectures ask of attention, left to the original."""
+
 
 def cpu_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
@@ -37,7 +40,5 @@ def cpu_attention(
     return out.to(dtype).transpose(1, 2).contiguous(), None
 
 
-ELSEWHERE = ("position_bias", "softcap", "cache")
-"""What some architectures ask of attention, left to the original."""
 AttentionInterface.register(CPU_ATTENTION, cpu_attention)
 AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)

@@ -131,7 +131,7 @@ def executed_work(micros: Sequence[MicroBatch], mesh: Mesh) -> tuple[Work, Work]
 Row = tuple[int, int, int, int]
 """A row, its prefix, the length of the prefix, the length of the row."""
 MICRO_BATCH_COSTS = 512
-"""Tokens that a pass could compute in the time it takes whatever its size (benchmarks/README.md)."""
+"""About the tokens that a pass on a CPU could compute in the time it takes whatever its size: an estimate."""
 
 
 def _cut(order: list[Row], max_tokens: int) -> tuple[list[list[int]], int]:
@@ -140,8 +140,9 @@ def _cut(order: list[Row], max_tokens: int) -> tuple[list[list[int]], int]:
     groups: list[list[Row]] = []
     for lot in _lots(order):
         groups.append([])
+        whole = _padded(lot) <= max_tokens
         for row in lot:
-            if groups[-1] and _padded([*groups[-1], row]) > max_tokens:
+            if groups[-1] and not whole and _padded([*groups[-1], row]) > max_tokens:
                 groups.append([])
             groups[-1].append(row)
     return [[row[0] for row in group] for group in groups], sum(map(_padded, groups))
