@@ -243,7 +243,8 @@ def memory(
         shape = teacher if item.model == "teacher" and teacher else start
         rows = min(item.sequences / item.calls, max(item.group, execution.sampler_tokens / (prompt + limit)))
         kept = 2 * shape.layers * shape.kv_heads * shape.head_dim * wide
-        # Growing the cache copies a layer; a draw holds log-probs in float32, masses and their sums in float64.
+        # Growing the cache copies a layer; a draw that truncates, or from a small vocabulary, holds log-probs in float32,
+        # masses and their sums in float64; others hold less.
         cache = max(cache, rows * (prompt + limit) * kept * (1 + 1 / shape.layers) + rows * shape.vocab * 28)
     held = 0.0 if teacher is None or execution.teacher else teacher.parameters * _teacher_wide(node)
     if not isinstance(node, StageSpec) or not done:
@@ -255,7 +256,9 @@ def memory(
     per_layer = wide * (8 * start.hidden + 4 * start.heads * start.head_dim + 5 * start.mlp)
     layers = 1 if execution.gradient_checkpointing else start.layers
     saved = padded * (layers * per_layer + (start.layers * start.hidden * wide if layers == 1 else 0))
-    logits = min(execution.chunk_tokens, padded) * start.vocab * 4 * 5 + (0 if start.adapters else 4 * start.head)
+    matrices = 2 if execution.device == "cpu" else 5  # tokens of a chunk x vocabulary, counted in float32
+    logits = min(execution.chunk_tokens, padded) * start.vocab * 4 * matrices
+    logits += 0 if start.adapters else 4 * start.head
     if isinstance(settings, GRPO) and settings.kl_coef > 0 and not settings.lora:
         held += start.parameters * wide
     return Memory(base, start.parameters * wide, masters + 12 * start.trained, held, saved, logits, cache)
