@@ -243,7 +243,7 @@ def memory(
         shape = teacher if item.model == "teacher" and teacher else start
         rows = min(item.sequences / item.calls, max(item.group, execution.sampler_tokens / (prompt + limit)))
         kept = 2 * shape.layers * shape.kv_heads * shape.head_dim * wide
-        # Growing the cache copies a layer; a draw that truncates, or from a small vocabulary, holds log-probs in float32,
+        # Growing the cache copies a layer; a draw that truncates, or from few tokens, holds log-probs in float32,
         # masses and their sums in float64; others hold less.
         cache = max(cache, rows * (prompt + limit) * kept * (1 + 1 / shape.layers) + rows * shape.vocab * 28)
     held = 0.0 if teacher is None or execution.teacher else teacher.parameters * _teacher_wide(node)
