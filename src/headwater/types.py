@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Reason = Literal["correct", "wrong", "partial", "unparsed", "truncated", "timeout", "memory", "error"]
@@ -31,7 +32,7 @@ class Problem:
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """16 hex digits of the SHA-256 of the prompt alone: equal prompts are one problem whatever their answer."""
         text = json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=False)

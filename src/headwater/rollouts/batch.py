@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -134,36 +135,53 @@ MICRO_BATCH_COSTS = 512
 """About the tokens that a pass on a CPU could compute in the time it takes whatever its size: an estimate."""
 
 
+class _Padded:
+    """The tokens of a growing group: its prefixes once, padded to its longest, and its rows, padded to its longest."""
+
+    def __init__(self) -> None:
+        self.prefixes = set[int]()
+        self.start = self.rows = self.end = self.tokens = 0
+
+    def with_row(self, row: Row) -> int:
+        _, prefix, start, end = row
+        prefixes = len(self.prefixes) + (prefix not in self.prefixes)
+        return prefixes * max(self.start, start) + (self.rows + 1) * max(self.end, end)
+
+    def add(self, row: Row) -> None:
+        _, prefix, start, end = row
+        self.prefixes.add(prefix)
+        self.start, self.rows, self.end = max(self.start, start), self.rows + 1, max(self.end, end)
+        self.tokens = len(self.prefixes) * self.start + self.rows * self.end
+
+
 def _cut(order: list[Row], max_tokens: int) -> tuple[list[list[int]], int]:
-    """Consecutive rows in groups within the budget, and the padded tokens of all: a group has its prefixes once, padded
-    to its longest, and its rows, padded to its longest."""
-    groups: list[list[Row]] = []
+    """Consecutive rows in groups within the budget, and the padded tokens of all."""
+    groups: list[list[int]] = []
+    sizes: list[_Padded] = []
     for lot in _lots(order):
-        groups.append([])
-        whole = _padded(lot) <= max_tokens
-        for row in lot:
-            if groups[-1] and not whole and _padded([*groups[-1], row]) > max_tokens:
+        for i, row in enumerate(lot):
+            if i == 0 or sizes[-1].with_row(row) > max_tokens:
                 groups.append([])
-            groups[-1].append(row)
-    return [[row[0] for row in group] for group in groups], sum(map(_padded, groups))
+                sizes.append(_Padded())
+            groups[-1].append(row[0])
+            sizes[-1].add(row)
+    return groups, sum(size.tokens for size in sizes)
 
 
 def _lots(order: list[Row], pieces: int = 32) -> list[list[Row]]:
     """The order cut where that is cheapest, in padded tokens and MICRO_BATCH_COSTS for each lot, among at most `pieces`
     equal pieces; without regard to the budget."""
     size = max(1, -(-len(order) // pieces))
-    ends = [min(start + size, len(order)) for start in range(0, len(order), size)]
-    best: list[tuple[float, list[int]]] = [(0.0, [])]  # of the first 0, 1, ... pieces: cost, and where lots end
-    for end in ends:
-        begun = zip(best, [0, *ends], strict=False)
-        costs = ((cost + MICRO_BATCH_COSTS + _padded(order[start:end]), [*cut, end]) for (cost, cut), start in begun)
-        best.append(min(costs))
-    return [order[start:end] for start, end in pairwise([0, *best[-1][1]])]
-
-
-def _padded(rows: list[Row]) -> int:
-    prefixes = len({prefix for _, prefix, _, _ in rows}) * max(start for _, _, start, _ in rows)
-    return prefixes + len(rows) * max(end for _, _, _, end in rows)
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    # Of the first 0, 1, ... parts: the least cost, and how many parts each lot ends with.
+    best: list[tuple[float, list[int]]] = [(0.0, []), *[(math.inf, [])] * len(parts)]
+    for first in range(len(parts)):
+        lot, (cost, cut) = _Padded(), best[first]
+        for last in range(first, len(parts)):
+            for row in parts[last]:
+                lot.add(row)
+            best[last + 1] = min(best[last + 1], (cost + MICRO_BATCH_COSTS + lot.tokens, [*cut, last + 1]))
+    return [order[size * start : size * end] for start, end in pairwise([0, *best[-1][1]])]
 
 
 def _pad(batch: Batch, rows: list[int], device: torch.device | str, *, share: bool = False) -> MicroBatch:

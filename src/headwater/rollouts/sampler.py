@@ -174,6 +174,8 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
     alive = np.arange(rows)  # rows of the output that each row of the batch writes
     running = torch.ones(rows, dtype=torch.bool)
     work = Work()
+    if all(type(layer) is RoomyLayer for layer in cache.layers):
+        mask = _bias(mask, hidden.dtype)  # which transformers would make of it anew for every token
     for position in range(limit):
         uniform = streams.uniforms(keys[alive], np.full(len(alive), position))
         token, logprob = _draw(model, hidden, torch.from_numpy(uniform).to(device), sampling)
@@ -193,9 +195,15 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
             index = keep.nonzero().squeeze(1).to(device)
             alive, token, mask, lengths = alive[keep.numpy()], token[index], mask[index], lengths[index]
             cache.batch_select_indices(index)
-        hidden = _forward(model, token[:, None], mask[:, : width + position + 1], (lengths + position)[:, None], cache)
-        work += Work(len(alive), len(alive) * (width + position + 1))
+        seen = width + position + 1
+        hidden = _forward(model, token[:, None], mask[..., :seen], (lengths + position)[:, None], cache)
+        work += Work(len(alive), len(alive) * seen)
     return tokens, logprobs, count, work
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of all heads, [rows, 1, 1, keys]: nothing, or -inf where `mask` [rows, keys] is 0."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask == 0, -torch.inf)[:, None, None]
 
 
 SEGMENT, CHECK = 256, 32

@@ -13,6 +13,7 @@ each style and the accuracy within it.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -130,6 +131,7 @@ def _style(completion: str, problem: Problem) -> str | None:
     return None
 
 
+@functools.cache
 def _draw_split(seed: int, split: str, size: int) -> tuple[Problem, ...]:
     rng = random.Random(f"chains/{seed}/{split}")
     drawn: dict[str, Problem] = {}
