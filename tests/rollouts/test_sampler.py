@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -250,6 +251,39 @@ def test_truncation_by_hand():
     rows = torch.tensor([logits])
     _, logprob = draw(rows, torch.zeros(1), temperature=1.0, top_k=1)
     assert float(logprob) == pytest.approx(math.log(0.4), abs=1e-6)
+
+
+def test_what_all_prompts_begin_with_is_read_once(model, mixed, monkeypatch):
+    """Worked examples in front of every prompt: the rollouts of each prompt alone, for the prefill of one."""
+    sampler = TransformersSampler(model)
+    worked = [Problem((Message("user", "7+5=12;12*3=16;" * 3 + p.messages[0].content),)) for p in mixed]
+    alone = [rollout for problem in worked for rollout in sampler.sample([problem], SAMPLING)]
+    assert_same(sampler.sample(worked, SAMPLING), alone)
+    lengths = [len(model.encode(p.messages)) for p in worked]
+    tokens = sampler.prefilled.tokens
+    assert tokens < max(lengths) + len(worked) * (max(lengths) - 45) and tokens > max(lengths)
+    # The same prompt in all but one token: each keeps a token of its own.
+    assert_same(sampler.sample(worked[:1] * 2, SAMPLING)[:3], alone[:3])
+    assert sampler.prefilled.tokens == lengths[0] + 1
+    monkeypatch.setattr("headwater.rollouts.sampler.SHARED_FROM", max(lengths))
+    sampler.sample(worked, SAMPLING)
+    assert sampler.prefilled.tokens == len(worked) * max(lengths)
+
+
+def test_windows_see_no_padding_between_tokens(make_model, mixed):
+    """Layers with a window count the slots of the cache, so their prompts are read whole."""
+    model = make_model(0, trained=False)
+    config = copy.deepcopy(model.module.config)
+    config.use_sliding_window, config.sliding_window = True, 8
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    narrow = type(model.module)(config).eval()
+    narrow.load_state_dict(model.module.state_dict())
+    model = replace(model, module=narrow)
+    worked = [Problem((Message("user", "7+5=12;12*3=16;" * 3 + p.messages[0].content),)) for p in mixed[2:7]]
+    drawn = TransformersSampler(model).sample(worked, SAMPLING)
+    scored = score_tokens(model, Batch.of(drawn), View(1.0, 100_000, 1000))
+    for rollout, want in zip(drawn, scored, strict=True):
+        assert rollout.sampler_logprobs == pytest.approx(want.tolist(), abs=1e-4)
 
 
 def test_rollouts_carry_the_version_of_the_weights(model, mixed):

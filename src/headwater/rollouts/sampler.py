@@ -89,9 +89,8 @@ class TransformersSampler:
             count = max(1, self.max_tokens // (width * sampling.group_size))
             chosen, by_length = by_length[:count], by_length[count:]
             places = [(problems[i].id, first[i] + g) for i in chosen for g in range(sampling.group_size)]
-            rollouts, work = self._decode(places, [prompts[i] for i in chosen], sampling)
-            read = len(prompts[chosen[0]])
-            prefilled, decoded = prefilled + flops.padded_work(len(chosen), read), decoded + work
+            rollouts, read, work = self._decode(places, [prompts[i] for i in chosen], sampling)
+            prefilled, decoded = prefilled + read, decoded + work
             for place, i in enumerate(chosen):
                 groups[i] = rollouts[place * sampling.group_size : (place + 1) * sampling.group_size]
         self.prefilled, self.decoded = (flops.total(self.mesh.collect(work)) for work in (prefilled, decoded))
@@ -99,19 +98,29 @@ class TransformersSampler:
 
     def _decode(
         self, places: list[tuple[str, int]], prompts: list[list[int]], sampling: Sampling
-    ) -> tuple[list[Rollout], Work]:
-        """One completion for every place (problem, index), and the work of decoding; `group_size` consecutive places
-        share a prompt."""
+    ) -> tuple[list[Rollout], Work, Work]:
+        """One completion for every place (problem, index), and the work of reading prompts and of decoding;
+        `group_size` consecutive places share a prompt."""
         model, group = self.model, sampling.group_size
         keys = np.array([streams.key(*sampling.stream, *place) for place in places], dtype=np.uint64)
-        ids, mask, lengths = _pad_left(prompts, sampling.max_new_tokens, model.device)
-        width = ids.shape[1]
-
         cache = DynamicCache(config=model.module.config)
         replayable = _replayable(model, cache)
+        plain = all(type(layer) is DynamicLayer for layer in cache.layers)
         if not replayable:
             cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        hidden = _forward(model, ids, mask[:, :width], (mask[:, :width].cumsum(1) - 1).clamp(min=0), cache)
+        # A layer with a window counts slots, and padding may not stand between what it sees.
+        shared = _shared(prompts) if plain else 0
+        ids, mask, lengths = _pad_left([p[shared:] for p in prompts], sampling.max_new_tokens, model.device)
+        rows, width = ids.shape
+        read = Work(rows * width, rows * width * (shared + width))
+        if shared:
+            first = torch.tensor([prompts[0][:shared]], device=model.device)
+            _forward(model, first, torch.ones_like(first), torch.arange(shared, device=model.device)[None], cache)
+            cache.batch_repeat_interleave(rows)
+            mask, lengths = torch.cat([mask.new_ones(rows, shared), mask], 1), lengths + shared
+            read += flops.padded_work(1, shared)
+        seen = mask[:, : shared + width]
+        hidden = _forward(model, ids, seen, (seen.cumsum(1) - 1)[:, shared:].clamp(min=0), cache)
         cache.batch_repeat_interleave(group)
         hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
         lengths = lengths.repeat_interleave(group)
@@ -119,7 +128,7 @@ class TransformersSampler:
         decode = _replay if replayable else _step_by_step
         tokens, logprobs, count, work = decode(model, start, sampling)
         prompts = [prompt for prompt in prompts for _ in range(group)]
-        return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist()), work
+        return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist()), read, work
 
     def _rollouts(
         self,
@@ -206,6 +215,8 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask == 0, -torch.inf)[:, None, None]
 
 
+SHARED_FROM = 32
+"""Tokens that prompts of a batch must begin with alike to be read once."""
 SEGMENT, CHECK = 256, 32
 """Steps that one CUDA graph serves at most; steps between looks at which rows have ended."""
 
@@ -320,6 +331,15 @@ def _uniforms(keys: np.ndarray, positions: range, device: torch.device) -> Tenso
 def _draw(model: LanguageModel, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return draw(model.logits(hidden), uniform, **how)
+
+
+def _shared(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with - instructions, worked examples - and leave a token to each; 0 where that
+    is too little to be worth a pass of its own."""
+    least, most = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    count = next((i for i in range(limit) if least[i] != most[i]), limit)
+    return count if count >= SHARED_FROM and len(prompts) > 1 else 0
 
 
 def _pad_left(prompts: list[list[int]], extra: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
