@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from math import comb
 
 
-def mixed_rate(pass_rate: float, group_size: int) -> float:
-    """U_G(p) = 1 - p^G - (1 - p)^G: probability that a group of G is neither all right nor all wrong ."""
-    return 1.0 - pass_rate**group_size - (1.0 - pass_rate) ** group_size
-
-
 def estimated_mixed_rate(num_samples: int, num_correct: int, group_size: int) -> float:
-    """Unbiased estimate of U_G from k samples of one problem: the share of its subsets of G that are mixed.
+    """Unbiased estimate of U_G(p) = 1 - p^G - (1 - p)^G, the probability that a group of G is mixed, from k samples of
+    one problem: the share of its subsets of G that are.
 
     Raises ValueError unless 0 <= num_correct <= num_samples and 2 <= group_size <= num_samples: plugging the observed
     pass rate into U_G would be biased.

@@ -104,8 +104,8 @@ class TransformersSampler:
         model, group = self.model, sampling.group_size
         keys = np.array([streams.key(*sampling.stream, *place) for place in places], dtype=np.uint64)
         cache = DynamicCache(config=model.module.config)
-        replayable = _replayable(model, cache)
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+        replayable = plain and _replayable(model)
         if not replayable:
             cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         # A layer with a window counts slots, and padding may not stand between what it sees.
@@ -221,10 +221,9 @@ SEGMENT, CHECK = 256, 32
 """Steps that one CUDA graph serves at most; steps between looks at which rows have ended."""
 
 
-def _replayable(model: LanguageModel, cache: DynamicCache) -> bool:
-    """On one CUDA device, with every layer attending to all that came before."""
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-    return model.device.type == "cuda" and plain and not hasattr(model.module, "hf_device_map")
+def _replayable(model: LanguageModel) -> bool:
+    """On one CUDA device; every layer must attend to all that came before, too."""
+    return model.device.type == "cuda" and not hasattr(model.module, "hf_device_map")
 
 
 def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Work]:
