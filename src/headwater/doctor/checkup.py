@@ -64,7 +64,7 @@ def checkup(recipe: Recipe) -> tuple[Material | None, list[Finding]]:
     for role, patient in got.patients.items():
         if role != "student":
             kinds = _alignments(recipe, role)
-            pair = lambda p=patient, k=kinds: prompts.check_pair(got.patients["student"], p, some, k)  # noqa: E731 -- as above
+            pair = lambda p=patient, k=kinds: prompts.check_pair(got.patients["student"], p, some, k)  # noqa: E731 -- bound in the loop, called in `guarded`
             findings += [replace(f, name=f"student and {role}: {f.name}") for f in guarded("tokens", pair)]
             if recipe.execution.teacher is not None:
                 findings += guarded(f"{role}: server", lambda p=patient: _server(recipe, p))

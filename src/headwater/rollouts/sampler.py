@@ -250,7 +250,7 @@ def _replay(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Te
         size = -(-(width + stop) // 64) * 64
         slots.resize(keep, used, size)
         bias = torch.full((len(keep), 1, 1, size), -torch.inf, dtype=start.hidden.dtype, device=device)
-        bias[:, 0, 0, :used].masked_fill_(mask[:, :used] > 0, 0.0)
+        bias[..., :used] = _bias(mask[:, :used], bias.dtype)
         uniform = _uniforms(start.keys[alive], range(done, stop), device)
         drawn, scored, ended = _segment(model, token, bias, lengths + done - 1, slots, uniform, eos, sampling)
         stop, token = done + len(drawn), drawn[-1]
