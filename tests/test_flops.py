@@ -40,7 +40,7 @@ REAL = {
         hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
         vocab_size=49_152, tie_word_embeddings=True,
     ),
-}  # fmt: skip
+}  # fmt: skip  # a table: several entries a line
 
 
 def build(kind: str, tokenizer, seed: int = 0, *, trained: bool = False, checkpointing: bool = False) -> LanguageModel:

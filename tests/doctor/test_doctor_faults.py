@@ -127,7 +127,7 @@ CHEAP: dict[str, tuple[Plant, str, str]] = {
     "two ends": (config("tokenizer_config.json", eos_token="<|im_start|>"), "student: end tokens", "tokenizer ends"),
     "short context": (config("config.json", max_position_embeddings=64), "student: lengths", "the context is 64"),
     "few rows": (config("config.json", vocab_size=256), "student: vocabulary", "256 rows"),
-}  # fmt: skip
+}  # fmt: skip  # a table: several entries a line
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -160,7 +160,7 @@ DATA: dict[str, tuple[dict[str, Any], str, str]] = {
     "special tokens": (
         {"train": lambda rows: [r | {"question": r["question"] + "<|im_end|>"} for r in rows]}, "prompts", "contains"
     ),
-}  # fmt: skip
+}  # fmt: skip  # a table: several entries a line
 TEST_ROWS = [{"question": p.messages[0].content, "answer": p.answer} for p in Chains().problems("test")[:5]]
 
 
@@ -215,7 +215,7 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str, str]] = 
     "a zero row": (put(EMBEDDING, lambda t: t.index_fill(0, torch.tensor([20, 21, 22]), 0.0)), "weights", "is zero"),
     "permuted rows": (scrambled(EMBEDDING), "student", ""),
     "scrambled layer": (scrambled("model.layers.1.mlp.down_proj.weight"), "student", ""),
-}  # fmt: skip
+}  # fmt: skip  # a table: several entries a line
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -21,7 +21,7 @@ EXPRESSIONS = [
     r"\frac{7}{12}", r"\left( -3, \frac{\pi}{6} \right)", r"4\sqrt{5} - 1", "17,-6", r"(2,9]", "x^2 - 4xy + y^3",
     r"6\text{ cm}^2", r"\text{(B)}", r"\text{Monday}", r"3.50\%", r"\$12.75", "312_7", r"45^\circ", "2^{3000}",
     r"\begin{pmatrix} 1 & -2 \\ 0 & \frac{1}{3} \end{pmatrix}", r"(-\infty,-1)\cup(4,\infty)", r"\frac\pi 3",
-]  # fmt: skip
+]  # fmt: skip  # a table: several entries a line
 
 
 @pytest.mark.parametrize("answer", NUMBERS)

@@ -52,7 +52,7 @@ def make(
     _write(root / "environment.json", {
         "python": "3.11.9", "machine": "x86_64", "packages": {"headwater": "0.1.0", "torch": "2.13.0"}, "device": "cpu",
         "command": ["headwater", "run", "recipe.toml"], "commit": "0123abc", "cores": 2, "processor": "made up",
-    })  # fmt: skip
+    })  # fmt: skip  # a table: several entries a line
     own = {k for name in unfinished for keys in by_arm[name].values() for k in keys}
     own -= {k for name in by_arm if name not in unfinished for keys in by_arm[name].values() for k in keys}
     evals: dict[str, Any] = {}
@@ -64,13 +64,13 @@ def make(
             nodes[place] = {
                 "title": f"chains {title}, seed {seed}", "kind": "evaluate", "label": "evaluate", "stage": None,
                 "seed": seed, "parents": [] if model in ("student", "teacher") else [model], "steps": None,
-            }  # fmt: skip
+            }  # fmt: skip  # a table: several entries a line
             if model in own:
                 own.add(place)
     _write(root / "stages.json", {
         "nodes": nodes, "arms": by_arm, "evals": evals, "requested": requested,
         "unchecked": ["data of hf:some/set: the Hub is out of reach"] if failed else [],
-    })  # fmt: skip
+    })  # fmt: skip  # a table: several entries a line
     _events(root, nodes, own, failed)
     for place, node in nodes.items():
         if place not in own:
@@ -96,7 +96,7 @@ def _stages(
                     nodes[place] = {
                         "title": f"{stage}, seed {seed}", "kind": "stage", "label": METHOD[stage], "stage": stage,
                         "seed": seed, "parents": parents, "steps": 40,
-                    }  # fmt: skip
+                    }  # fmt: skip  # a table: several entries a line
                     student, teacher = (student, place) if stage == "teacher_rl" else (place, teacher)
                     keys.append(place)
                     requested += 1
@@ -156,7 +156,7 @@ def _node(directory: Path, place: str, node: dict[str, Any]) -> None:
             "correct": [good, False], "parsed": [True, i != 0], "reasons": ["correct" if good else "wrong", "unparsed"],
             "styles": ["worked", None], "finished": [True, i != 1], "lengths": [3, 9],
             "texts": [str(2 * i), HOSTILE if i == 0 else f"line one\n    two of {i}\n" + "x" * (2000 if i == 1 else 0)],
-        })  # fmt: skip
+        })  # fmt: skip  # a table: several entries a line
     _lines(directory / "samples.jsonl", rows)
 
 
@@ -168,7 +168,7 @@ def summary(mean: float, seeds: Sequence[int], gap: bool = False) -> dict[str, A
                    "8": {"mean": min(mean + 0.2, 1), "ci95": [mean + 0.15, 1.0]}},
         "unparsed": 0.02, "truncated": 0.01, "wrong": 1 - 0.02 - mean,
         "styles": {"worked": {"share": 0.7, "accuracy": mean}, "bare": {"share": 0.3, "accuracy": 0.1}},
-    }  # fmt: skip
+    }  # fmt: skip  # a table: several entries a line
     return found | ({"gap_recovery": {"value": 0.5, "ci95": [0.4, 0.6]}} if gap else {})
 
 
@@ -178,7 +178,7 @@ def result(place: str, mean: float) -> dict[str, Any]:
         "truncated": 0.01,
         "reasons": REASONS, "styles": {"worked": {"share": 1.0, "accuracy": mean}},
         "per_problem": f"evals/{place}.json",
-    }  # fmt: skip
+    }  # fmt: skip  # a table: several entries a line
 
 
 def compared(a: str, b: str, difference: float, half: float, **more: Any) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def compared(a: str, b: str, difference: float, half: float, **more: Any) -> dic
         "a": a, "b": b, "task": "chains", "difference": difference, "ci95": [low, high], "num_seeds": 3,
         "p_adjusted": 0.2 if found == "not distinguishable" else 1e-4, "over": "seeds and problems",
         "verdict": found, **more,
-    }  # fmt: skip
+    }  # fmt: skip  # a table: several entries a line
 
 
 def _results(
@@ -223,7 +223,7 @@ def _results(
         rows[name] = {
             "arm": arm, "budget": pool, "stages": list(CHAINS[arm]), "summary": {"chains": summary(mean, seeds, True)},
             "seeds": {seed: _bill(CHAINS[arm], keys, pool, evals, seed, mean) for seed, keys in by_seed.items()},
-        }  # fmt: skip
+        }  # fmt: skip  # a table: several entries a line
     tail = f"@{max(budgets)}" if budgets else ""
     pairs = [
         compared(f"bridge{tail}", f"direct{tail}", 0.08, 0.02),
@@ -243,7 +243,7 @@ def _results(
             "cost": {"tokens": {"trained": 9}, "flops": 9e12, "seconds": 99},
             "stages_requested": sum(len(k) for s in by_arm.values() for k in s.values()),
         },
-    })  # fmt: skip
+    })  # fmt: skip  # a table: several entries a line
 
 
 def _bill(
@@ -256,16 +256,16 @@ def _bill(
             "stage": stage, "key": place,
             "labels": {"distinct": pool if sparse else 0, "revealed": 960 if sparse else 0},
             "cost": {"tokens": {"sampled": 100_000 * i, "trained": 200_000}, "flops": 3e11 * i, "seconds": 20.0 * i},
-        })  # fmt: skip
+        })  # fmt: skip  # a table: several entries a line
     cost = {
         "tokens": {"sampled": sum(b["cost"]["tokens"]["sampled"] for b in bills), "trained": 200_000 * len(bills)},
         "flops": sum(b["cost"]["flops"] for b in bills), "seconds": sum(b["cost"]["seconds"] for b in bills),
-    }  # fmt: skip
+    }  # fmt: skip  # a table: several entries a line
     revealed = sum(b["labels"]["revealed"] for b in bills)
     return {
         "stages": list(keys), "labels": {"distinct": pool, "revealed": revealed}, "cost": cost, "by_stage": bills,
         "evals": {"chains": result(evals[keys[-1]]["chains"][seed], mean)},
-    }  # fmt: skip
+    }  # fmt: skip  # a table: several entries a line
 
 
 def _curves(rows: dict[str, Any], budgets: Sequence[int]) -> dict[str, Any]:

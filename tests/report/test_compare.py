@@ -51,7 +51,7 @@ def write(
         nodes[evaluation] = {
             "title": f"sums after student_rl, seed {seed}", "kind": "evaluate", "label": "evaluate", "stage": None,
             **known,
-        }  # fmt: skip
+        }  # fmt: skip  # a table: several entries a line
         pool = {"digest": f"pool{keys}{seed}", "seed": int(seed), "count": 8, "split": "train", "part": "all"}
         held_out = {"digest": digest, "seed": None, "count": len(problems), "split": "test", "part": "all"}
         specs = {

@@ -72,7 +72,7 @@ def test_learning_curves_are_means_with_the_range_over_seeds(tmp_path: Path):
     assert list(curves) == ["student_rl", "teacher_rl", "warmup", "distill", "sft"]
     assert [p.title for p in curves["warmup"].panels] == [
         "teacher/forward_kl", "policy/entropy", "completion/len_mean", "completion/frac_truncated",
-    ]  # fmt: skip
+    ]  # fmt: skip  # a table: several entries a line
     reward = curves["teacher_rl"].panels[0]
     values = [made_run.metrics({"label": "grpo", "seed": s}, 0, 0)["reward/mean"] for s in (0, 1, 2)]
     assert reward.table.head == ("step", "bridge, bridge_rl, sft_control")

@@ -109,7 +109,7 @@ def test_over_budgets_the_largest_one_is_the_headline():
     assert [s.lead for s in headlines(run)] == ["bridge@128 beats direct@128 by 12.8 points"]
     assert [s.lead.split(" by ")[0] for s in further(run)] == [
         "bridge@16 beats direct@16", "bridge@64 beats direct@64", "bridge@128 beats base student",
-    ]  # fmt: skip
+    ]  # fmt: skip  # a table: several entries a line
 
 
 def test_numbers_read_well():

@@ -60,7 +60,7 @@ def test_sections_come_in_order(full: Elements):
     assert [a.get("id") for a in full.named("section")] == [
         "headline", "arms", "differences", "labels", "learning", "cost", "graph", "rollouts",
         "failures", "bills", "reproduce",
-    ]  # fmt: skip
+    ]  # fmt: skip  # a table: several entries a line
     linked = [a["href"] for a in full.named("a")]
     assert linked == ["#main", *(f"#{a['id']}" for a in full.named("section"))]
 

@@ -17,7 +17,7 @@ def test_bases_and_teachers_come_first_and_every_arm_is_there(tmp_path: Path):
     assert [(r.name, r.role) for r in rows] == [
         ("base student", "base"), ("base teacher", "base"), ("teacher of bridge", "teacher"),
         ("direct", "arm"), ("bridge", "arm"), ("bridge_rl", "arm"), ("sft_control", "arm"),
-    ]  # fmt: skip
+    ]  # fmt: skip  # a table: several entries a line
     unfinished = rows[-1]
     assert unfinished.mean is None and unfinished.tokens is None and unfinished.below == ()
     bridge = rows[4]
@@ -82,7 +82,7 @@ def test_bills_add_up_per_arm_and_study(tmp_path: Path):
         ("bridge", "4", "teacher_rl", "128", "960"), ("bridge", "4", "warmup", "0", "0"),
         ("bridge", "4", "distill", "0", "0"),
         ("bridge", "4", "arm (union)", "128", "960"), ("whole study", "all", "each stage once", "300", "2,400"),
-    )  # fmt: skip
+    )  # fmt: skip  # a table: several entries a line
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def _turn(patient: Patient) -> Finding:
         else f"ends a reply with {after[:40]!r}, in which no end token is: {_tokens(patient, patient.ends)}"
         if not ended
         else ""
-    )  # fmt: skip
+    )  # fmt: skip  # a condition a line
     return judge(
         f"{patient.role}: turns of the template",
         "error" if not found or not ended else "warning" if fault else "ok",
@@ -193,7 +193,7 @@ def _ends(patient: Patient) -> Finding:
         else f"the tokenizer ends with {tokenizer.eos_token!r}, generation_config.json with {sorted(named)}"
         if named and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in named
         else ""
-    )  # fmt: skip
+    )  # fmt: skip  # a condition a line
     said = {k: v for k in _SAMPLING if (v := getattr(patient.generation, k, None)) is not None}
     note = f"; generation_config.json asks for {said}, and the recipe alone decides" if said else ""
     shared = "; the padding token is an end token (endings are trained on all the same)"

@@ -68,7 +68,7 @@ def check_weights(patient: Patient, loaded: Loaded, texts: Sequence[str]) -> Ite
         else "config.json ties LM head and embedding, and the file holds two different ones"
         if tied and head.data_ptr() != embedding.data_ptr()
         else ""
-    )  # fmt: skip
+    )  # fmt: skip  # a condition a line
     yield judge(
         f"{role}: file and configuration",
         "error" if fault else "ok",

@@ -61,7 +61,7 @@ def _template() -> jinja2.Template:
     environment.filters |= {
         "count": tables.count, "duration": tables.duration, "flops": tables.flops, "share": tables.share,
         "when": tables.when, "interval": tables.interval, "shell": lambda argv: shlex.join(map(str, argv)),
-    }  # fmt: skip
+    }  # fmt: skip  # a table: several entries a line
     return environment.get_template("page.html.jinja")
 
 

@@ -282,7 +282,7 @@ def as_json(run: Run) -> str:
 CSV_HEAD = (
     "name", "role", "task", "mean", "ci95_low", "ci95_high", "over", "num_seeds", "gap_recovery", "gap_low", "gap_high",
     "labels_distinct", "labels_revealed", "tokens", "flops", "seconds", "unparsed", "wrong", "truncated",
-)  # fmt: skip
+)  # fmt: skip  # a table: several entries a line
 
 
 def as_csv(run: Run) -> str:
