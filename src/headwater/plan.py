@@ -18,8 +18,8 @@ Level = Literal["low", "mid", "high"]
 LEVELS: tuple[Level, ...] = ("low", "mid", "high")
 GROWTH = {"low": 1.0, "mid": math.sqrt(2), "high": 2.0}
 """How much longer reward may make completions: not at all, or twice as long; the middle is their geometric mean."""
-BATCH = 64
-"""Problems of an evaluation that are sampled at once."""
+ROLLOUTS = 512
+"""Of an evaluation, sampled at once."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def items(node: Node) -> list[Item]:
     if isinstance(node, StageSpec) and not pool_size(node):
         return []  # a side of a split without labels is not trained
     if isinstance(node, EvaluationSpec):
-        n = node.problems.count
-        return [Item("evaluated", "start", n * settings.samples, math.ceil(n / BATCH), settings.samples)]  # pyright: ignore -- an Evaluation
+        drawn = node.problems.count * settings.samples  # pyright: ignore -- an Evaluation
+        return [Item("evaluated", "start", drawn, math.ceil(drawn / ROLLOUTS), settings.samples)]  # pyright: ignore -- an Evaluation
     if isinstance(settings, TeacherRollouts):
         solutions = isinstance(settings, SFT) and settings.tokens == "solutions"
         trained = settings.steps * settings.sequences_per_step

@@ -23,7 +23,7 @@ from headwater.spec import EvaluationSpec
 from headwater.tasks.benchmarks import provenance
 from headwater.types import Grade, Problem, Rollout, Verdict
 
-BATCH = 64
+ROLLOUTS = 512  # sampled between two writes: so many that a few long ones do not run alone for long
 
 
 def evaluate(
@@ -42,9 +42,8 @@ def evaluate(
 
     Returns `{"avg@k", "k", "num_problems", "pass@k": {k: x}, "maj@k", "parsed", "truncated", "reasons", "styles",
     "per_problem"}`; `per_problem[i]` is the share of right samples of problem i; `maj@k` is None when the grader tells
-    no answers. With a `directory`, finished batches of 64 problems are kept there and an interrupted evaluation goes on
-    after them. Random numbers depend on (seed, problem, sample) alone. `on_batch` gets the number of problems done and
-    the scores so far.
+    no answers. With a `directory`, finished batches of 512 rollouts are kept there; an interrupted evaluation goes on
+    after them. Random numbers depend on (seed, problem, sample) alone. `on_batch` gets the problems done and the scores.
     """
     rows: list[dict[str, Any]] = []
     path = directory / "samples.jsonl" if directory else None
@@ -60,8 +59,9 @@ def evaluate(
         settings.top_p,
         settings.top_k,
     )
-    for start in range(len(rows), len(problems), BATCH):
-        part = problems[start : start + BATCH]
+    size = max(1, ROLLOUTS // settings.samples)
+    for start in range(len(rows), len(problems), size):
+        part = problems[start : start + size]
         with meter.timed("evaluated"):
             rollouts = sampler.sample(part, sampling)
             pairs = [(part[i // settings.samples], r.text) for i, r in enumerate(rollouts)]

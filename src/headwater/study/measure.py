@@ -86,7 +86,7 @@ def evaluate_model(
 ) -> dict[str, dict[str, Any]]:
     """A model from anywhere on the recipe's evaluations, prompted as the recipe prompts its student.
 
-    What was interrupted goes on after the last finished 64 problems. Returns what `evals.evaluate` does of each, with
+    What was interrupted goes on after the last finished 512 rollouts. Returns what `evals.evaluate` does of each, with
     `protocol`, the 95 % interval `ci95` over problems (None for one problem), its `standard_error`, and the file of
     the samples.
     """
