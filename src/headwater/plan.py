@@ -18,8 +18,7 @@ Level = Literal["low", "mid", "high"]
 LEVELS: tuple[Level, ...] = ("low", "mid", "high")
 GROWTH = {"low": 1.0, "mid": math.sqrt(2), "high": 2.0}
 """How much longer reward may make completions: not at all, or twice as long; the middle is their geometric mean."""
-ROLLOUTS = 512
-"""Of an evaluation, sampled at once."""
+ROLLOUTS = 512  # of an evaluation, sampled at once
 
 
 @dataclass(frozen=True)

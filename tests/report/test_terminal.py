@@ -95,3 +95,19 @@ def test_waiting_is_said(planned: tuple[Recipe, Graph]):
         progress.titles = graph.titles
         progress.on_event(Event("waiting", graph.arms["bridge"][0][0], error="process 7 on here"))
     assert capture.get() == "waiting for teacher_rl, seed 0: process 7 on here is at work on it\n"
+
+
+def test_the_time_left_is_of_the_steps_seen(planned: tuple[Recipe, Graph], monkeypatch: pytest.MonkeyPatch):
+    """A resumed stage and an evaluation begin at a step far from 0."""
+    recipe, graph = planned
+    key, clock, console = graph.arms["bridge"][0][0], [1000.0], Console(width=160)
+    monkeypatch.setattr("headwater.report.terminal.time.monotonic", lambda: clock[0])
+    with console.capture() as capture:
+        progress = Progress(console, recipe)
+        progress.on_event(Event("started", key))
+        for step in (512, 1024):
+            clock[0] += 100
+            progress.on_event(Event("step", key, step=step, steps=1536))
+    first, second = capture.get().splitlines()
+    assert "512/1536" in first and "left" not in first
+    assert second.endswith("100 s left")

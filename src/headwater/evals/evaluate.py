@@ -43,7 +43,7 @@ def evaluate(
     Returns `{"avg@k", "k", "num_problems", "pass@k": {k: x}, "maj@k", "parsed", "truncated", "reasons", "styles",
     "per_problem"}`; `per_problem[i]` is the share of right samples of problem i; `maj@k` is None when the grader tells
     no answers. With a `directory`, finished batches of 512 rollouts are kept there; an interrupted evaluation goes on
-    after them. Random numbers depend on (seed, problem, sample) alone. `on_batch` gets the problems done and the scores.
+    after them. Random numbers depend on (seed, problem, sample) alone. `on_batch` gets problems done and scores.
     """
     rows: list[dict[str, Any]] = []
     path = directory / "samples.jsonl" if directory else None

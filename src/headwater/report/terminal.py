@@ -103,13 +103,14 @@ class Progress:
     def _step(self, event: Event, title: str) -> None:
         metrics = event.metrics or {}
         note = "  ".join(f"{name} {_short(metrics[name])}" for name in SHOWN if name in metrics)
-        begun, before = self.begun.setdefault(event.key, (self.started[event.key], event.step - 1))
-        self.bars.update(self.tasks[event.key], total=event.steps, completed=event.step, note=note)
         now = time.monotonic()
+        begun, before = self.begun.setdefault(event.key, (now, event.step))  # resumed, or many steps at once
+        self.bars.update(self.tasks[event.key], total=event.steps, completed=event.step, note=note)
         if not self.console.is_terminal and now - self.spoken > PLAIN_EVERY_S:
             self.spoken = now
-            left = (now - begun) / (event.step - before) * (event.steps - event.step)
-            self.console.print(f"  {title}: step {event.step}/{event.steps}  {note}  {left:.0f} s left", markup=False)
+            left = (now - begun) / max(1, event.step - before) * (event.steps - event.step)
+            when = f"  {left:.0f} s left" if event.step > before else ""
+            self.console.print(f"  {title}: step {event.step}/{event.steps}  {note}{when}", markup=False)
 
 
 def _short(value: float) -> str:
