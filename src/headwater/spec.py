@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, Probe, canonical
 
-REVISIONS = {"grpo": 4, "warmup": 3, "distill": 4, "sft": 3, "joint": 4, "evaluate": 4, "probe": 4}
+REVISIONS = {"grpo": 5, "warmup": 3, "distill": 4, "sft": 4, "joint": 5, "evaluate": 4, "probe": 4}
 """Raised when a method's numbers change for the same specification; a golden trajectory fails until it is."""
 
 

@@ -11,13 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.config import Optimizer
+from headwater.losses.numerics import Metrics, merged
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts.batch import MicroBatch, states
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (total, count), detached; the reported value is total / count over all micro-batches and ranks, or for a name
-that ends in `_max` the largest total."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ def update(
             failed = [micro]
             break
         total.backward()
-        metrics = _add(metrics, observed)
+        metrics = merged(metrics, {name: (a.double().cpu(), b.double().cpu()) for name, (a, b) in observed.items()})
     model.module.eval()
     value = mesh.all_sum(value)
     if not bool(torch.isfinite(value)):
@@ -174,7 +171,7 @@ def update(
     optimizer.zero()
     reduced: Metrics = {}
     for observed in mesh.collect(metrics):
-        reduced = _add(reduced, observed)
+        reduced = merged(reduced, observed)
     return {
         **{name: _value(name, *sums) for name, sums in reduced.items()},
         "optim/loss": float(value),
@@ -194,18 +191,6 @@ def _reduce_gradients(optimizer: AdamW, mesh: Mesh) -> float:
             master.grad.copy_(mesh.all_sum(master.grad))
             norms.append(torch.linalg.vector_norm(master.grad))
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-
-def _add(metrics: Metrics, observed: Metrics) -> Metrics:
-    out = dict(metrics)
-    for name, (total, count) in observed.items():
-        total, count = total.detach().double().cpu(), count.detach().double().cpu()
-        if name in out and name.endswith("_max"):
-            total = torch.maximum(out[name][0], total)
-        elif name in out:
-            total, count = out[name][0] + total, out[name][1] + count
-        out[name] = (total, count)
-    return out
 
 
 def _value(name: str, total: Tensor, count: Tensor) -> float:

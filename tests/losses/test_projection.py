@@ -1,20 +1,21 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from headwater.losses import numerics, token_logprobs
+from headwater.losses.numerics import mean_metric, where_member
 from headwater.losses.oracle import token_logprobs_from_logits
+from headwater.losses.projection import sum_over_logprobs
 
 TOKENS, HIDDEN, ROWS, VOCAB = 11, 5, 13, 10
 
 
 def make(dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    hidden, head, bias = (
-        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((TOKENS, HIDDEN), (ROWS, HIDDEN), (ROWS,))
-    )
+    hidden, head = (torch.randn(n, HIDDEN, generator=generator, dtype=torch.float64) for n in (TOKENS, ROWS))
     targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
-    return *(x.to(dtype).requires_grad_() for x in (hidden, head, bias)), targets
+    return *(x.to(dtype).requires_grad_() for x in (hidden, head)), targets
 
 
 @pytest.mark.parametrize("cached", [3 * ROWS, numerics.CACHED], ids=["lots", "whole"])
@@ -22,32 +23,30 @@ def make(dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_equals_full_logits_with_gradients(chunk_tokens, temperature, cached, monkeypatch):
     monkeypatch.setattr(numerics, "CACHED", cached)  # three rows at a time, as with a large vocabulary, or all
-    hidden, head, bias, targets = make()
+    hidden, head, targets = make()
     upstream = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
     logprobs, entropy = token_logprobs(
-        hidden, head, targets, vocab_size=VOCAB, temperature=temperature, chunk_tokens=chunk_tokens, bias=bias
+        hidden, head, targets, vocab_size=VOCAB, temperature=temperature, chunk_tokens=chunk_tokens
     )
     expected, expected_entropy = token_logprobs_from_logits(
-        hidden @ head.T + bias, targets, vocab_size=VOCAB, temperature=temperature
+        hidden @ head.T, targets, vocab_size=VOCAB, temperature=temperature
     )
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=0, atol=1e-12)
     assert not entropy.requires_grad
-    grads = torch.autograd.grad((upstream * logprobs).sum(), (hidden, head, bias))
-    for actual, wanted in zip(
-        grads, torch.autograd.grad((upstream * expected).sum(), (hidden, head, bias)), strict=True
-    ):
+    grads = torch.autograd.grad((upstream * logprobs).sum(), (hidden, head))
+    for actual, wanted in zip(grads, torch.autograd.grad((upstream * expected).sum(), (hidden, head)), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
     assert grads[1][VOCAB:].eq(0).all()
 
 
 def test_gradcheck():
-    hidden, head, bias, targets = make()
+    hidden, head, targets = make()
 
-    def function(hidden, head, bias):
-        return token_logprobs(hidden, head, targets, vocab_size=VOCAB, temperature=0.7, chunk_tokens=4, bias=bias)[0]
+    def function(hidden, head):
+        return token_logprobs(hidden, head, targets, vocab_size=VOCAB, temperature=0.7, chunk_tokens=4)[0]
 
-    assert torch.autograd.gradcheck(function, (hidden, head, bias))
+    assert torch.autograd.gradcheck(function, (hidden, head))
 
 
 def test_hand_value():
@@ -60,7 +59,7 @@ def test_hand_value():
 
 
 def test_gradient_accumulates_with_tied_embeddings():
-    table, targets = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True), make()[3]
+    table, targets = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True), make()[2]
     inputs = torch.arange(TOKENS) % ROWS
     expected = torch.autograd.grad(
         token_logprobs_from_logits(table[inputs] @ table.T, targets, vocab_size=VOCAB)[0].sum(), table
@@ -71,7 +70,7 @@ def test_gradient_accumulates_with_tied_embeddings():
 
 
 def test_a_token_without_gradient_may_hold_nan():
-    hidden, head, _, targets = make()
+    hidden, head, targets = make()
     with torch.no_grad():
         hidden[3] = float("nan")
     logprobs, _ = token_logprobs(hidden, head, targets, vocab_size=VOCAB, chunk_tokens=4)
@@ -80,20 +79,8 @@ def test_a_token_without_gradient_may_hold_nan():
     assert hidden.grad.isfinite().all() and hidden.grad[3].eq(0).all() and head.grad.isfinite().all()
 
 
-def test_forbidden_tokens_have_no_entropy_and_no_gradient():
-    hidden, head, _, targets = make()
-    bias = torch.zeros(ROWS, dtype=torch.float64)
-    bias[0] = -torch.inf
-    targets = targets.clamp(min=1)
-    logprobs, entropy = token_logprobs(hidden, head, targets, vocab_size=VOCAB, bias=bias)
-    expected, expected_entropy = token_logprobs_from_logits(hidden @ head[1:].T, targets - 1, vocab_size=VOCAB - 1)
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=0, atol=1e-12)
-    assert torch.autograd.grad(logprobs.sum(), head)[0][0].eq(0).all()
-
-
 def test_half_precision_is_normalised_in_float32():
-    hidden, head, _, targets = make(torch.bfloat16)
+    hidden, head, targets = make(torch.bfloat16)
     logprobs, entropy = token_logprobs(hidden, head, targets, vocab_size=VOCAB, chunk_tokens=3)
     assert logprobs.dtype == entropy.dtype == torch.float32
     logits = (hidden.detach() @ head.detach().T).float()
@@ -109,7 +96,7 @@ def test_half_precision_is_normalised_in_float32():
 
 
 def test_autocast_decides_the_product_and_backward_agrees_with_forward():
-    hidden, head, _, targets = make(torch.float32)
+    hidden, head, targets = make(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = token_logprobs(hidden, head, targets, vocab_size=VOCAB)[0]
     low = [x.detach().bfloat16().requires_grad_() for x in (hidden, head)]
@@ -149,9 +136,52 @@ def test_empty_batch():
 
 
 def test_errors():
-    hidden, head, _, targets = make()
+    hidden, head, targets = make()
     with pytest.raises(ValueError, match="targets"):
         token_logprobs(hidden, head, targets + VOCAB, vocab_size=VOCAB)
     for bad in ({"temperature": 0.0}, {"vocab_size": 0}, {"chunk_tokens": 0}):
         with pytest.raises(ValueError, match="positive"):
             token_logprobs(hidden, head, targets, **{"vocab_size": VOCAB, **bad})
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 64])
+def test_a_sum_over_logprobs_is_the_loss_on_them_with_a_product_less(chunk_tokens):
+    hidden, head, targets = make()
+    with torch.no_grad():
+        hidden[3] = float("nan")  # a masked token
+    weights = torch.linspace(0.5, 2, TOKENS, dtype=torch.float64).index_fill(0, torch.tensor([3, 4]), 0.0)
+    options = {"vocab_size": VOCAB, "temperature": 0.7, "chunk_tokens": chunk_tokens}
+
+    def of(logprobs, part):
+        nats = -(where_member(logprobs, weights[part] != 0, torch.float64) ** 3)
+        worst = (nats.detach().max(), torch.ones(()))
+        return (weights[part] * nats).sum(), {"nats": mean_metric(nats, weights[part] != 0), "nats_max": worst}
+
+    found, counts = [], []
+    for fused in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            if fused:
+                total, metrics = sum_over_logprobs(hidden, head, targets, of, **options)
+            else:
+                logprobs, entropy = token_logprobs(hidden, head, targets, **options)
+                total, metrics = of(logprobs, slice(0, TOKENS))
+                metrics["policy/entropy"] = (entropy.sum(), torch.tensor(TOKENS))
+            found.append((total, *torch.autograd.grad(2.5 * total, (hidden, head))))
+        found[-1] += tuple(x.double() for x in (*metrics["nats"], metrics["nats_max"][0], *metrics["policy/entropy"]))
+        counts.append(counter.get_total_flops())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert found[0][1].isfinite().all() and found[0][2].isfinite().all()
+    product = 2 * HIDDEN * VOCAB
+    assert counts == [product * (TOKENS + 2 * (TOKENS - 2)), product * (TOKENS + 3 * (TOKENS - 2))]
+
+
+def test_a_sum_over_logprobs_of_no_tokens_or_without_gradients():
+    hidden, head, targets = make()
+    of = lambda logprobs, part: (logprobs.sum(), {})  # noqa: E731 -- one line, used twice
+    total, metrics = sum_over_logprobs(hidden[:0], head, targets[:0], of, vocab_size=VOCAB)
+    assert total.item() == 0 and metrics["policy/entropy"][1].item() == 0
+    assert [g.abs().sum().item() for g in torch.autograd.grad(total, (hidden, head))] == [0, 0]
+    with torch.no_grad():
+        total, _ = sum_over_logprobs(hidden, head, targets, of, vocab_size=VOCAB, chunk_tokens=4)
+    expected = token_logprobs(hidden, head, targets, vocab_size=VOCAB)[0].sum()
+    torch.testing.assert_close(total, expected.detach(), rtol=0, atol=1e-12)

@@ -106,16 +106,11 @@ def extract_tagged(text: str) -> str | None:
     return text.strip().rpartition("\n")[2].strip() or None
 
 
-def find_numbers(text: str) -> list[Fraction]:
-    r"""The numbers of a text, exactly: `1,234.5`, `$-3`, `3/4`, `2 1/2`, `\frac{3}{4}`; units and % are passed over.
+def last_number(text: str) -> Fraction | None:
+    r"""A text's last number, exactly: `1,234.5`, `$-3`, `3/4`, `2 1/2`, `\frac{3}{4}`; units and % are passed over.
 
     Digits that follow a letter or a caret (`x2`, `m^2`) are no numbers, nor is anything of more than 60 digits.
     """
-    return list(_values(_NUMBER.findall(_plain(text))))
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last of `find_numbers`, without working out the others."""
     return next(_values(reversed(_NUMBER.findall(_plain(text)))), None)
 
 

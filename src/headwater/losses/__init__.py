@@ -25,7 +25,7 @@ from headwater.losses.policy import (
     sampled_reverse_kl,
     span_reverse_kl,
 )
-from headwater.losses.projection import token_logprobs
+from headwater.losses.projection import sum_over_logprobs, token_logprobs
 from headwater.scoring.scores import HiddenScores, TopKScores
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
     "reference_kl",
     "sampled_reverse_kl",
     "span_reverse_kl",
+    "sum_over_logprobs",
     "token_logprobs",
 ]

@@ -8,19 +8,17 @@ tokens x vocab outlives a chunk. Liger's fused linear losses (arXiv:2410.10989) 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, no_type_check
+from typing import Literal, no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from headwater.losses.numerics import (
     LOGPROB_FLOOR,
     NO_MASS,
     Loss,
     accurate_dtype,
-    add_product,
     by_rows,
     check_projection,
     first_rows,
@@ -30,7 +28,7 @@ from headwater.losses.numerics import (
     padded_rows,
     with_columns,
 )
-from headwater.losses.projection import scaled
+from headwater.losses.projection import scaled, summed
 from headwater.scoring.scores import HiddenScores, TopKScores
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -50,7 +48,6 @@ def dense_divergence(
     beta: float = 0.5,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-    student_bias: Float[Tensor, " rows"] | None = None,
 ) -> Loss:
     """Weighted sum over tokens of the divergence of two next-token distributions, in nats.
 
@@ -67,7 +64,7 @@ def dense_divergence(
     data-processing inequality the result is a lower bound of the exact divergence, and unlike a truncated sum it is a
     divergence: the student cannot lower it by draining mass from the k tokens.
 
-    Gradients reach student_hidden, student_head and student_bias; tokens of weight 0 are never computed. Metrics: both
+    Gradients reach student_hidden and student_head; tokens of weight 0 are never computed. Metrics: both
     KL directions and the student's entropy (`policy/entropy`), with hidden states the teacher's entropy, with top-k
     `teacher/topk_mass`. Raises ValueError for misaligned tokens, ids outside the vocabulary, top-k mass above 1 and
     top-k log-probs taken at another temperature, which cannot be re-tempered since the tail is unknown.
@@ -78,14 +75,30 @@ def dense_divergence(
     rows = min(vocab_size, student_head.shape[0])
     rows = min(rows, teacher.head.shape[0]) if isinstance(teacher, HiddenScores) else rows
     _check_teacher(teacher, len(student_hidden), rows, temperature)
-    inputs = (student_hidden, student_head, student_bias)
-    wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    settings = (kind, beta, temperature, rows, chunk_tokens, wants)
-    total, statistics = _DenseDivergence.apply(*inputs, teacher, weights.detach(), settings)
+    if isinstance(teacher, HiddenScores):
+        teacher_cut = first_rows(teacher.head, padded_rows(rows, student_head), teacher.head.dtype)
+    weights, out = weights.detach(), accurate_dtype(student_hidden)
+    total, statistics = torch.zeros((), dtype=out, device=weights.device), weights.new_zeros(4, dtype=out)
+
+    def slopes(product: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        scale = weights[part].to(out)
+        if isinstance(teacher, HiddenScores):
+            other = matmul(teacher.hidden[part], teacher_cut.T, matmul_dtype(teacher.hidden, teacher.head))
+            teacher_bias = None if teacher.bias is None else teacher.bias[:rows]
+            of, given, rest = fused(_from_products, product), (other, scale), (teacher_bias,)
+        else:
+            of, given, rest = _from_top_k, (teacher.ids[part], teacher.logprobs[part], scale), ()
+        grad, value, metrics = by_rows(of, product, given, *rest, rows, temperature, kind, beta)
+        total.add_((scale * value).sum())
+        statistics.add_(metrics.sum(0))
+        return grad, part
+
+    parts = weights.nonzero()[:, 0].split(chunk_tokens)
+    total = summed(student_hidden, student_head, parts, slopes, total, rows)
     names = ["teacher/forward_kl", "teacher/reverse_kl", "policy/entropy"]
     names.append("teacher/entropy" if isinstance(teacher, HiddenScores) else "teacher/topk_mass")
     count = (weights != 0).sum()
-    return total, weights.detach().sum(), {name: (statistics[i], count) for i, name in enumerate(names)}
+    return total, weights.sum(), {name: (statistics[i], count) for i, name in enumerate(names)}
 
 
 def _check_teacher(teacher: HiddenScores | TopKScores, tokens: int, rows: int, temperature: float) -> None:
@@ -107,91 +120,19 @@ def _check_teacher(teacher: HiddenScores | TopKScores, tokens: int, rows: int, t
         )
 
 
-class _DenseDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
-        teacher: HiddenScores | TopKScores,
-        weights: Tensor,
-        settings: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
-        total, statistics, *grads = _sum_and_gradients(hidden, head, bias, teacher, weights, *settings)
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(statistics)
-        return total, statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else (grads[0] * g).to(g.dtype) for g in ctx.saved_tensors), None, None, None
-
-
-def _sum_and_gradients(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    teacher: HiddenScores | TopKScores,
-    weights: Tensor,
-    kind: Divergence,
-    beta: float,
-    temperature: float,
-    rows: int,
-    chunk_tokens: int,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The weighted sum, four metric totals, and the gradients asked for with respect to hidden, head and bias."""
-    multiply, out = matmul_dtype(hidden, head), accurate_dtype(hidden)
-    wide = padded_rows(rows, head)
-    cut, cut_bias = first_rows(head, wide, multiply), None if bias is None else bias[:rows]
-    teacher_cut = first_rows(teacher.head, wide, teacher.head.dtype) if isinstance(teacher, HiddenScores) else cut
-    total, statistics = torch.zeros((), dtype=out, device=hidden.device), weights.new_zeros(4, dtype=out)
-    grad_hidden = torch.zeros_like(hidden) if wants[0] else None
-    grad_head = head.new_zeros(max(len(head), wide), head.shape[1], dtype=out) if wants[1] else None
-    grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants[2] else None
-    for part in weights.nonzero()[:, 0].split(chunk_tokens):
-        product, scale = matmul(hidden[part], cut.T, multiply), weights[part].to(out)
-        if isinstance(teacher, HiddenScores):
-            other = matmul(teacher.hidden[part], teacher_cut.T, matmul_dtype(teacher.hidden, teacher.head))
-            teacher_bias = None if teacher.bias is None else teacher.bias[:rows]
-            of, given, rest = fused(_from_products, product), (other, scale), (teacher_bias,)
-        else:
-            of, given, rest = _from_top_k, (teacher.ids[part], teacher.logprobs[part], scale), ()
-        grad, value, metrics = by_rows(of, product, given, *rest, cut_bias, rows, temperature, kind, beta)
-        total += (scale * value).sum()
-        statistics += metrics.sum(0)
-        if grad_bias is not None:
-            grad_bias[:rows] += grad[:, :rows].sum(0, dtype=out)
-        if grad_hidden is not None:
-            grad_hidden[part] = matmul(grad, cut, multiply).to(hidden.dtype)
-        if grad_head is not None:
-            add_product(grad_head[:wide], grad.T, hidden[part], multiply)
-    grad_head = None if grad_head is None else grad_head[: len(head)].to(head.dtype)
-    return (
-        total,
-        statistics,
-        grad_hidden,
-        grad_head,
-        grad_bias if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
-    )
-
-
 @no_type_check
 def _from_products(
     product: Tensor,
     other: Tensor,
     scale: Tensor,
     other_bias: Tensor | None,
-    bias: Tensor | None,
     rows: int,
     temperature: float,
     kind: Divergence,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From products of hidden states and heads, of student and teacher: gradient, value and metrics of every row."""
-    log_q = scaled(product, bias, rows, temperature, scale.dtype).log_softmax(1)
+    log_q = scaled(product, None, rows, temperature, scale.dtype).log_softmax(1)
     log_p = scaled(other, other_bias, rows, temperature, scale.dtype).log_softmax(1)
     value, grad, metrics = _value_and_gradient(log_p, log_q, kind, beta)
     return _to_product(grad, scale / temperature, product), value, metrics
@@ -203,14 +144,13 @@ def _from_top_k(
     ids: Tensor,
     log_top: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
     rows: int,
     temperature: float,
     kind: Divergence,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_from_products`, from the teacher's top k."""
-    log_q = scaled(product, bias, rows, temperature, scale.dtype).log_softmax(1)
+    log_q = scaled(product, None, rows, temperature, scale.dtype).log_softmax(1)
     value, grad, metrics = _bucketed(ids, log_top.to(log_q.dtype), log_q, kind, beta)
     return _to_product(grad, scale / temperature, product), value, metrics
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (total, count), detached; the reported value is total / count over all micro-batches and ranks, or for a name
+that ends in `_max` the largest total."""
 Loss = tuple[Float[Tensor, ""], Float[Tensor, ""], Metrics]
 
 LOGPROB_FLOOR = -100.0
@@ -42,6 +44,18 @@ def where_member(
 def mean_metric(values: Float[Tensor, " tokens"], member: Bool[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
     """(total, count) over members, each counting once whatever its loss weight."""
     return torch.where(member, values.detach(), 0.0).sum(), member.sum()
+
+
+def merged(metrics: Metrics, observed: Metrics) -> Metrics:
+    """The totals and counts of both added; of a name that ends in `_max` the larger total."""
+    out = dict(metrics)
+    for name, (total, count) in observed.items():
+        if name in out:
+            before, counted = out[name]
+            total = torch.maximum(before, total) if name.endswith("_max") else before + total
+            count = counted + count
+        out[name] = (total, count)
+    return out
 
 
 def matmul_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, no_type_check
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from headwater.losses.numerics import (
     NO_MASS,
+    Metrics,
     accurate_dtype,
     add_product,
     by_rows,
@@ -19,6 +21,7 @@ from headwater.losses.numerics import (
     fused,
     matmul,
     matmul_dtype,
+    merged,
     padded_rows,
     with_columns,
 )
@@ -32,15 +35,65 @@ def token_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-    bias: Float[Tensor, " rows"] | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """Log-probs (nats) of `targets` under softmax(hidden @ head.T / temperature), and the detached entropy.
 
     At most chunk_tokens x vocab logits exist at a time, forward and backward; the backward recomputes them. Gradients
-    reach hidden, head and bias. Head rows from `vocab_size` on are padding and are cut off before the softmax. A token
+    reach hidden and head. Head rows from `vocab_size` on are padding and are cut off before the softmax. A token
     whose log-prob receives no gradient contributes none, even where its hidden state is not finite.
     Raises ValueError for targets outside the vocabulary and for sizes that are not positive.
     """
+    rows = _rows(head, targets, vocab_size, temperature, chunk_tokens)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, head, targets, temperature, rows, chunk_tokens)
+    return logprobs, entropy
+
+
+def sum_over_logprobs(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Float[Tensor, "rows hidden"],
+    targets: Int[Tensor, " tokens"],
+    of: Callable[[Tensor, slice], tuple[Tensor, Metrics]],
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Sum of `of(log-probs of the targets in a slice, slice)` over slices, and its metrics with `policy/entropy`.
+
+    The same as a loss on `token_logprobs`, for losses that are sums over tokens: known a slice at a time, the gradient
+    is taken in the forward pass, with three products of a token with the head where the other needs four.
+    Raises ValueError as `token_logprobs` does.
+    """
+    rows = _rows(head, targets, vocab_size, temperature, chunk_tokens)
+    out, learning = accurate_dtype(hidden), torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    total, metrics = torch.zeros((), dtype=out, device=hidden.device), Metrics()
+
+    def slopes(product: Tensor, part: slice) -> tuple[Tensor, Tensor] | None:
+        how, ids = (rows, temperature, out), targets[part]
+        _, normaliser, logprobs, entropy = by_rows(fused(_statistics, product), product, (ids,), *how)
+        with torch.enable_grad():
+            value, observed = of(logprobs.requires_grad_(), part)
+        total.add_(value.detach())
+        observed["policy/entropy"] = (entropy.sum(), entropy.new_tensor(len(entropy)))
+        metrics.update(merged(metrics, observed))
+        if not learning:
+            return None
+        (slope,) = torch.autograd.grad(value, logprobs)
+        some = slope.nonzero()[:, 0]  # as in _TokenLogprobs.backward
+        if len(some) < len(slope):
+            product, ids, normaliser, slope = product[some], ids[some], normaliser[some], slope[some]
+        return by_rows(fused(_slopes, product), product, (ids, normaliser, slope), *how)[0], some + part.start
+
+    return summed(hidden, head, _slices(len(hidden), chunk_tokens), slopes, total, rows), metrics
+
+
+def _slices(tokens: int, size: int) -> list[slice]:
+    """At least one, so that no tokens have metrics too."""
+    return [slice(start, start + size) for start in range(0, max(1, tokens), size)]
+
+
+def _rows(head: Tensor, targets: Tensor, vocab_size: int, temperature: float, chunk_tokens: int) -> int:
+    """How many rows of the head count."""
     check_projection(temperature, vocab_size, chunk_tokens)
     rows = min(vocab_size, head.shape[0])
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < rows:
@@ -48,8 +101,61 @@ def token_logprobs(
             f"targets lie in {int(targets.min())}..{int(targets.max())}, head and vocab_size allow 0..{rows - 1}; "
             "the tokenizer and the model disagree"
         )
-    logprobs, entropy = _TokenLogprobs.apply(hidden, head, bias, targets, temperature, rows, chunk_tokens)
-    return logprobs, entropy
+    return rows
+
+
+def summed(
+    hidden: Tensor,
+    head: Tensor,
+    parts: Iterable[Any],
+    slopes: Callable[[Tensor, Any], tuple[Tensor, Any] | None],
+    total: Tensor,
+    rows: int,
+) -> Tensor:
+    """`total`, to which `slopes`, as `gradients` calls it, adds a sum over tokens while it gives its gradient."""
+    wants = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
+    return _Summed.apply(hidden, head, parts, slopes, total, rows, wants)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, *given: Any) -> Tensor:
+        parts, slopes, total, rows, wants = given
+        ctx.save_for_backward(*gradients(hidden, head, parts, slopes, rows, matmul_dtype(hidden, head), wants))
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if g is None else (grads[0] * g).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 5
+
+
+def gradients(
+    hidden: Tensor,
+    head: Tensor,
+    parts: Iterable[Any],
+    slopes: Callable[[Tensor, Any], tuple[Tensor, Any] | None],
+    rows: int,
+    multiply: torch.dtype,
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients wanted with respect to hidden and head, from those with respect to the products of the two:
+    `slopes(product of a part, part)` gives them, and the tokens they are of, or None for none."""
+    wide = padded_rows(rows, head)
+    cut = first_rows(head, wide, multiply)
+    grad_hidden = torch.zeros_like(hidden) if wants[0] else None
+    size, out = (max(len(head), wide), head.shape[1]), accurate_dtype(hidden)
+    grad_head = head.new_zeros(size, dtype=out) if wants[1] else None
+    for part in parts:
+        found = slopes(matmul(hidden[part], cut.T, multiply), part)
+        if found is None:
+            continue
+        grad, part = found
+        if grad_hidden is not None:
+            grad_hidden[part] = matmul(grad, cut, multiply).to(hidden.dtype)
+        if grad_head is not None:
+            add_product(grad_head[:wide], grad.T, hidden[part], multiply)
+    return grad_hidden, None if grad_head is None else grad_head[: len(head)].to(head.dtype)
 
 
 @no_type_check
@@ -63,10 +169,10 @@ def scaled(product: Tensor, bias: Tensor | None, rows: int, temperature: float, 
 
 @no_type_check
 def _statistics(
-    product: Tensor, targets: Tensor, bias: Tensor | None, rows: int, temperature: float, out: torch.dtype
+    product: Tensor, targets: Tensor, rows: int, temperature: float, out: torch.dtype
 ) -> tuple[None, Tensor, Tensor, Tensor]:
     """Normaliser, log-prob of the target and entropy of every row of a product of hidden states and head."""
-    logits = scaled(product, bias, rows, temperature, out)
+    logits = scaled(product, None, rows, temperature, out)
     top = logits.amax(1, keepdim=True)
     below = logits - top
     target = below.gather(1, targets[:, None])[:, 0]
@@ -83,13 +189,12 @@ def _slopes(
     targets: Tensor,
     normaliser: Tensor,
     grad: Tensor,
-    bias: Tensor | None,
     rows: int,
     temperature: float,
     out: torch.dtype,
 ) -> tuple[Tensor]:
     """Gradient of the log-probs with respect to the product, in its shape and dtype."""
-    logits = scaled(product, bias, rows, temperature, out)
+    logits = scaled(product, None, rows, temperature, out)
     slope = grad[:, None].to(out) / temperature
     slopes = (logits - normaliser[:, None]).exp_().mul_(-slope)
     if slopes.is_cuda:  # a scatter would keep the compiler from fusing
@@ -105,23 +210,21 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         temperature: float,
         rows: int,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         multiply, out = matmul_dtype(hidden, head), accurate_dtype(hidden)
-        cut = first_rows(head, padded_rows(rows, head), multiply)
-        cut_bias = None if bias is None else bias[:rows]
         normaliser, logprobs, entropy = (torch.empty(len(hidden), dtype=out, device=hidden.device) for _ in range(3))
-        for start in range(0, len(hidden), chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            product = matmul(hidden[part], cut.T, multiply)
+
+        def keep(product: Tensor, part: slice) -> None:
             _, normaliser[part], logprobs[part], entropy[part] = by_rows(
-                fused(_statistics, product), product, (targets[part],), cut_bias, rows, temperature, out
+                fused(_statistics, product), product, (targets[part],), rows, temperature, out
             )
-        ctx.save_for_backward(hidden, head, bias, targets, normaliser)
+
+        gradients(hidden, head, _slices(len(hidden), chunk_tokens), keep, rows, multiply, (False, False))
+        ctx.save_for_backward(hidden, head, targets, normaliser)
         ctx.settings = (temperature, rows, chunk_tokens, multiply, out)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -130,28 +233,13 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs = grads[0]
-        hidden, head, bias, targets, normaliser = ctx.saved_tensors
+        hidden, head, targets, normaliser = ctx.saved_tensors
         temperature, rows, chunk_tokens, multiply, out = ctx.settings
-        wide = padded_rows(rows, head)
-        cut, cut_bias = first_rows(head, wide, multiply), None if bias is None else bias[:rows]
-        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_head = head.new_zeros(max(len(head), wide), head.shape[1], dtype=out) if wants_head else None
-        grad_bias = torch.zeros_like(bias, dtype=out) if bias is not None and wants_bias else None
-        # Only rows with a gradient: a masked token's hidden state may hold NaN, and 0 * NaN would spread it.
-        for part in grad_logprobs.nonzero()[:, 0].split(chunk_tokens):
-            product = matmul(hidden[part], cut.T, multiply)
+
+        def slopes(product: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
             given = (targets[part], normaliser[part], grad_logprobs[part])
-            (slopes,) = by_rows(fused(_slopes, product), product, given, cut_bias, rows, temperature, out)
-            if grad_bias is not None:
-                grad_bias[:rows] += slopes[:, :rows].sum(0, dtype=out)
-            if grad_hidden is not None:
-                grad_hidden[part] = matmul(slopes, cut, multiply).to(hidden.dtype)
-            if grad_head is not None:
-                add_product(grad_head[:wide], slopes.T, hidden[part], multiply)
-        return (
-            grad_hidden,
-            None if grad_head is None else grad_head[: len(head)].to(head.dtype),
-            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 4,
-        )
+            return by_rows(fused(_slopes, product), product, given, rows, temperature, out)[0], part
+
+        # Only rows with a gradient: a masked token's hidden state may hold NaN, and 0 * NaN would spread it.
+        parts, wants = grad_logprobs.nonzero()[:, 0].split(chunk_tokens), ctx.needs_input_grad[:2]
+        return *gradients(hidden, head, parts, slopes, rows, multiply, wants), *(None,) * 4

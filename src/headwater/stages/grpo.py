@@ -9,8 +9,9 @@ import torch
 
 from headwater.config import GRPO, Execution
 from headwater.evals.evaluate import mark_truncated
+from headwater.losses.numerics import Metrics
 from headwater.losses.policy import clipped_policy_gradient, reference_kl
-from headwater.losses.projection import token_logprobs
+from headwater.losses.projection import sum_over_logprobs, token_logprobs
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts import streams
@@ -21,6 +22,7 @@ from headwater.scoring.advantages import group_advantages
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import soft_overlong_penalty, token_weights
 from headwater.stages.common import (
+    DENSE,
     SPARSE,
     AnySampler,
     audit_metrics,
@@ -105,21 +107,15 @@ def steps_to_flops(done: int, flops: float, max_flops: float) -> int:
 def policy_loss(settings: GRPO, execution: Execution, vocab_size: int, denominator: float) -> Loss:
     """The loss of one micro-batch with fields advantages, weights, sampler and, when needed, old and reference."""
 
-    def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
-        fields = micro.fields
-        logprobs, entropy = token_logprobs(
-            hidden,
-            head,
-            micro.targets,
-            vocab_size=vocab_size,
-            temperature=settings.temperature,
-            chunk_tokens=execution.chunk_tokens,
-        )
+    how = {"vocab_size": vocab_size, "temperature": settings.temperature, "chunk_tokens": execution.chunk_tokens}
+
+    def of(logprobs: torch.Tensor, part: slice, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+        fields = {name: field[part] for name, field in micro.fields.items()}
         total, _, metrics = clipped_policy_gradient(
             logprobs,
             fields["advantages"],
             fields["weights"],
-            sequence_ids=micro.sequence_ids,
+            sequence_ids=micro.sequence_ids[part],
             num_sequences=micro.num_sequences,
             old_logprobs=fields.get("old"),
             sampler_logprobs=fields["sampler"],
@@ -128,7 +124,6 @@ def policy_loss(settings: GRPO, execution: Execution, vocab_size: int, denominat
             clip_high=settings.clip_high,
             sampler_weight_cap=settings.sampler_weight_cap or None,
         )
-        terms = [Term(total, denominator)]
         if "reference" in fields:
             penalty, _, observed = reference_kl(
                 logprobs,
@@ -137,10 +132,17 @@ def policy_loss(settings: GRPO, execution: Execution, vocab_size: int, denominat
                 old_logprobs=fields.get("old"),
                 estimator=settings.kl_estimator or "reverse",
             )
-            terms.append(Term(penalty, denominator, settings.kl_coef))
-            metrics |= observed
-        metrics["policy/entropy"] = (entropy.sum(), torch.tensor(float(len(entropy))))
-        return terms, metrics
+            total, metrics = total + settings.kl_coef * penalty, metrics | observed
+        return total, metrics
+
+    def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
+        if settings.ratio == "sequence":  # a sequence may lie in two chunks
+            logprobs, entropy = token_logprobs(hidden, head, micro.targets, **how)
+            total, metrics = of(logprobs, slice(None), micro)
+            metrics["policy/entropy"] = (entropy.sum(), torch.tensor(float(len(entropy))))
+        else:
+            total, metrics = sum_over_logprobs(hidden, head, micro.targets, lambda x, part: of(x, part, micro), **how)
+        return [Term(total, denominator)], metrics
 
     return loss
 
@@ -267,7 +269,7 @@ def _update_epochs(
                     mesh=run.mesh,
                 )
             )
-            count_trained(run, policy, of_all, micros, SPARSE)
+            count_trained(run, policy, of_all, micros, SPARSE if settings.ratio == "sequence" else DENSE)
     return {
         name: max(m[name] for m in observed) if name.endswith("_max") else sum(m[name] for m in observed) / len(parts)
         for name in observed[0]

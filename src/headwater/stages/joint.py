@@ -74,7 +74,7 @@ def train(
             loss = joint_loss(dense, sparse, settings.reward_weight)
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
         count_scored(run, teacher, batch, micros)
-        count_trained(run, student, batch, micros, DENSE + SPARSE)
+        count_trained(run, student, batch, micros, DENSE + (SPARSE if settings.ratio == "sequence" else DENSE))
 
         rollouts, verdicts = rows_of([g[1] for g in groups]), rows_of([g[2] for g in groups])
         observed = reward_metrics(rewards) | audit_metrics(run, step, settings.steps, groups)

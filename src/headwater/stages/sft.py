@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from headwater.config import SFT
+from headwater.losses.numerics import Metrics
 from headwater.losses.policy import cross_entropy
-from headwater.losses.projection import token_logprobs
+from headwater.losses.projection import sum_over_logprobs
 from headwater.models.language_model import LanguageModel, check_same_tokenizer
 from headwater.rollouts import streams
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
 from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
-from headwater.stages.common import SPARSE, check_pool, count_trained, rollout_metrics, teacher_rollouts
+from headwater.stages.common import DENSE, check_pool, count_trained, rollout_metrics, teacher_rollouts
 from headwater.stages.watched import watched
 from headwater.types import Grade, Problem, Rollout
 from headwater.update import AdamW, Loss, Term, learning_rate, update
@@ -62,7 +63,7 @@ def train(
             clip = settings.optimizer.max_grad_norm
             loss = token_loss(student.vocab_size, denominator, ex.chunk_tokens)
             metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
-        count_trained(run, student, batch, micros, SPARSE)
+        count_trained(run, student, batch, micros, DENSE)
 
         run.log(step, settings.steps, {**rollout_metrics(drawn), **metrics})
         run.show(step, drawn)
@@ -75,11 +76,12 @@ def token_loss(vocab_size: int, denominator: float, chunk_tokens: int) -> Loss:
     """Cross-entropy at temperature 1 of one micro-batch."""
 
     def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
-        logprobs, entropy = token_logprobs(
-            hidden, head, micro.targets, vocab_size=vocab_size, chunk_tokens=chunk_tokens
-        )
-        total, _, metrics = cross_entropy(logprobs, micro.fields["weights"])
-        metrics["policy/entropy"] = (entropy.sum(), torch.tensor(float(len(entropy))))
+        def of(logprobs: torch.Tensor, part: slice) -> tuple[torch.Tensor, Metrics]:
+            total, _, metrics = cross_entropy(logprobs, micro.fields["weights"][part])
+            return total, metrics
+
+        how = {"vocab_size": vocab_size, "chunk_tokens": chunk_tokens}
+        total, metrics = sum_over_logprobs(hidden, head, micro.targets, of, **how)
         return [Term(total, denominator)], metrics
 
     return loss
