@@ -12,13 +12,12 @@ from headwater.config import GRPO, SFT, Distill, Execution, Joint, TeacherRollou
 from headwater.flops import Number, Shape, Work
 from headwater.meter import Role
 from headwater.probe.measure import CONTINUATIONS
-from headwater.spec import DecisionSpec, EvaluationSpec, Node, StageSpec
+from headwater.spec import EVALUATED_AT_ONCE, DecisionSpec, EvaluationSpec, Node, StageSpec
 
 Level = Literal["low", "mid", "high"]
 LEVELS: tuple[Level, ...] = ("low", "mid", "high")
 GROWTH = {"low": 1.0, "mid": math.sqrt(2), "high": 2.0}
 """How much longer reward may make completions: not at all, or twice as long; the middle is their geometric mean."""
-ROLLOUTS = 512  # of an evaluation, sampled at once
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def items(node: Node) -> list[Item]:
         return []  # a side of a split without labels is not trained
     if isinstance(node, EvaluationSpec):
         drawn = node.problems.count * settings.samples  # pyright: ignore -- an Evaluation
-        return [Item("evaluated", "start", drawn, math.ceil(drawn / ROLLOUTS), settings.samples)]  # pyright: ignore -- an Evaluation
+        return [Item("evaluated", "start", drawn, math.ceil(drawn / EVALUATED_AT_ONCE), settings.samples)]  # pyright: ignore -- an Evaluation
     if isinstance(settings, TeacherRollouts):
         solutions = isinstance(settings, SFT) and settings.tokens == "solutions"
         trained = settings.steps * settings.sequences_per_step

@@ -52,7 +52,7 @@ def run(model: LanguageModel, grader: Grader, directory: Path | None) -> tuple[d
 def test_a_kill_between_batches_changes_nothing(
     world_student: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(f"{evaluate.__module__}.ROLLOUTS", 64 * SETTINGS.samples)
+    monkeypatch.setattr(f"{evaluate.__module__}.EVALUATED_AT_ONCE", 64 * SETTINGS.samples)
     whole, meter, told = run(world_student, Grader(), None)
     assert told == [64, 128, 130]
     with pytest.raises(KeyboardInterrupt):

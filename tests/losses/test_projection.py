@@ -177,7 +177,10 @@ def test_a_sum_over_logprobs_is_the_loss_on_them_with_a_product_less(chunk_token
 
 def test_a_sum_over_logprobs_of_no_tokens_or_without_gradients():
     hidden, head, targets = make()
-    of = lambda logprobs, part: (logprobs.sum(), {})  # noqa: E731 -- one line, used twice
+
+    def of(logprobs, part):
+        return logprobs.sum(), {}
+
     total, metrics = sum_over_logprobs(hidden[:0], head, targets[:0], of, vocab_size=VOCAB)
     assert total.item() == 0 and metrics["policy/entropy"][1].item() == 0
     assert [g.abs().sum().item() for g in torch.autograd.grad(total, (hidden, head))] == [0, 0]

@@ -19,11 +19,9 @@ from headwater.models.language_model import LanguageModel
 from headwater.rollouts.batch import Batch
 from headwater.rollouts.sampler import Sampling
 from headwater.rollouts.served import sampler_for
-from headwater.spec import EvaluationSpec
+from headwater.spec import EVALUATED_AT_ONCE, EvaluationSpec
 from headwater.tasks.benchmarks import provenance
 from headwater.types import Grade, Problem, Rollout, Verdict
-
-ROLLOUTS = 512  # sampled between two writes: so many that a few long ones do not run alone for long
 
 
 def evaluate(
@@ -59,7 +57,7 @@ def evaluate(
         settings.top_p,
         settings.top_k,
     )
-    size = max(1, ROLLOUTS // settings.samples)
+    size = max(1, EVALUATED_AT_ONCE // settings.samples)
     for start in range(len(rows), len(problems), size):
         part = problems[start : start + size]
         with meter.timed("evaluated"):
