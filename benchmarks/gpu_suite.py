@@ -20,6 +20,7 @@ import torch
 import transformers
 from measure import (
     KERNELS,
+    SPARSE,
     TINY,
     Row,
     Scale,
@@ -269,7 +270,7 @@ def main() -> None:
     tflops, gbs = result["ceilings"]["matmul_tflops"], result["ceilings"]["copy_gbs"]
     parts: dict[str, Callable[[], list[Row]]] = {
         "correctness": lambda: correctness(scale),
-        "kernels": lambda: kernels(scale, tflops, ("token_logprobs", "reverse_kl", "jsd", "top-64 forward_kl")),
+        "kernels": lambda: kernels(scale, tflops, (*SPARSE, "reverse_kl", "jsd", "top-64 forward_kl")),
         "sampling": lambda: sampling(scale, gbs),
         "grpo": lambda: grpo_update(scale, tflops),
         "distill": lambda: distill_step(scale, tflops),

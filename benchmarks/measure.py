@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from headwater.config import ModelConfig
 from headwater.losses import oracle
 from headwater.losses.dense import Divergence, dense_divergence
-from headwater.losses.projection import token_logprobs
+from headwater.losses.projection import sum_over_logprobs, token_logprobs
 from headwater.models.language_model import LanguageModel, compile_layers
 from headwater.scoring.scores import HiddenScores, TopKScores
 from headwater.stages.node import environment
@@ -226,6 +226,10 @@ def ours(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None
     if name == "token_logprobs":
         logprobs, _ = token_logprobs(x["hidden"], x["head"], x["targets"], vocab_size=vocab, chunk_tokens=chunk)
         return (x["weights"] * logprobs).sum()
+    if name == "sum_over_logprobs":
+        of = lambda logprobs, part: ((x["weights"][part] * logprobs).sum(), {})  # noqa: E731 -- one line
+        settings = {"vocab_size": vocab, "chunk_tokens": chunk}
+        return sum_over_logprobs(x["hidden"], x["head"], x["targets"], of, **settings)[0]
     scores = teacher or HiddenScores(x["teacher_hidden"], x["teacher_head"])
     settings = {"kind": kind_of(name), "vocab_size": vocab, "chunk_tokens": chunk}
     return dense_divergence(x["hidden"], x["head"], scores, x["weights"], **settings)[0]
@@ -234,7 +238,7 @@ def ours(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None
 def plain(name: str, x: dict[str, Tensor], vocab: int, teacher: TopKScores | None, dtype: torch.dtype) -> Tensor:
     """The same from full logits by autograd: the float64 oracle, or (with float32) what one would write in torch."""
     logits = (x["hidden"] @ x["head"].T).to(dtype)
-    if name == "token_logprobs":
+    if name in SPARSE:
         logprobs, _ = oracle.token_logprobs_from_logits(logits, x["targets"], vocab_size=vocab)
         return (x["weights"] * logprobs).sum()
     kind = kind_of(name)
@@ -250,7 +254,8 @@ def kind_of(name: str) -> Divergence:
     return "forward_kl" if "forward" in name else "reverse_kl" if "reverse" in name else "jsd"
 
 
-KERNELS = ("token_logprobs", "reverse_kl", "forward_kl", "jsd", "top-64 forward_kl", "top-64 reverse_kl", "top-64 jsd")
+SPARSE = ("token_logprobs", "sum_over_logprobs")
+KERNELS = (*SPARSE, "reverse_kl", "forward_kl", "jsd", "top-64 forward_kl", "top-64 reverse_kl", "top-64 jsd")
 
 
 def forward_backward(total: Callable[[], Tensor], x: dict[str, Tensor], repeats: int = 5) -> tuple[float, float]:
@@ -286,7 +291,7 @@ def kernels(
         x = loss_inputs(tokens, scale, dtype)
         for name in names:
             teacher = top_k(x, scale.vocab) if "top" in name else None
-            exact = teacher is None and name != "token_logprobs"
+            exact = teacher is None and name not in SPARSE
             width = 3 * scale.widths[0] + (scale.widths[1] if exact else 0)
             floor = 2 * tokens * scale.vocab * width / peak_tflops / 1e12
             seconds, above = forward_backward(partial(ours, name, x, scale.vocab, teacher, chunk), x, repeats)

@@ -51,7 +51,7 @@ def test_ends_come_at_the_rate_that_was_asked_for(script):
 
 def test_kernels(script, tmp_path: Path):
     out = tmp_path / "kernels.json"
-    found = script("loss_kernels").main(["--tiny", "--losses", "token_logprobs", "reverse_kl", "--out", str(out)])
+    found = script("loss_kernels").main(["--tiny", "--losses", "sum_over_logprobs", "reverse_kl", "--out", str(out)])
     assert [row["tokens"] for row in found["kernels"]] == [24, 24, 48, 48]
     assert all(finite(row) and row["plain ms"] > 0 for row in found["kernels"])
     assert '"commit"' in out.read_text() and len(found["growth"]) == 2

@@ -155,6 +155,7 @@ def gradients(
             grad_hidden[part] = matmul(grad, cut, multiply).to(hidden.dtype)
         if grad_head is not None:
             add_product(grad_head[:wide], grad.T, hidden[part], multiply)
+        del found, grad  # else two chunks would exist while the next one is multiplied
     return grad_hidden, None if grad_head is None else grad_head[: len(head)].to(head.dtype)
 
 
