@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from headwater import flops
-from headwater.config import Distill, Execution, ModelConfig, Warmup
+from headwater.config import SFT, Distill, Execution, ModelConfig, Warmup
 from headwater.flops import Work, completion_work, prompt_work, sequence_work, shape_of
 from headwater.models.language_model import LanguageModel, Prefixes, wrap
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
-from headwater.stages import distill, warmup
+from headwater.stages import distill, sft, warmup
 from headwater.types import Message, Problem
 
 SMALL: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 320}
@@ -109,14 +109,15 @@ def test_a_step_of_distillation_with_everything_in_it(kind: str, divergence, tok
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_warmup_with_recomputed_activations(kind: str, tokenizer, problems, tmp_path):
+@pytest.mark.parametrize(("method", "train"), [(Warmup, warmup.train), (SFT, sft.train)], ids=["warmup", "sft"])
+def test_teacher_text_with_recomputed_activations(kind: str, method, train, tokenizer, problems, tmp_path):
     student, teacher = build(kind, tokenizer, trained=True, checkpointing=True), build(kind, tokenizer, 1)
-    settings = Warmup.model_validate(
+    settings = method.model_validate(
         {"steps": 2, "sequences_per_step": 5, "max_new_tokens": 20, "optimizer": {"lr": 1e-3}}
     )
     run = StageRun(tmp_path, execution=Execution(micro_batch_tokens=300))
     with FlopCounterMode(display=False) as counter:
-        warmup.train(settings, student=student, teacher=teacher, problems=mixed(problems), seed=0, run=run)
+        train(settings, student=student, teacher=teacher, problems=mixed(problems), seed=0, run=run)
     bill = run.meter.state()
     assert sum(row["executed_flops"] for row in bill.values()) == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert bill["trained"]["executed_flops"] > 1.2 * bill["trained"]["flops"]
