@@ -59,7 +59,7 @@ class Execution(Frozen):
     sampler_tokens: int = Field(default=262_144, ge=1)
     """Padded tokens (rows x (prompt + completion)) decoded at once: bounds the KV cache."""
     chunk_tokens: int = Field(default=1024, ge=1)
-    """Tokens whose logits exist at once."""
+    """Tokens whose logits exist at once; the losses take fewer where those logits would be larger than the LM head."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of one device, in any currency: bills and plans get a price."""
     trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()

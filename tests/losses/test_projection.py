@@ -4,9 +4,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwater.losses import numerics, token_logprobs
+from headwater.losses.dense import dense_divergence
 from headwater.losses.numerics import mean_metric, where_member
 from headwater.losses.oracle import token_logprobs_from_logits
 from headwater.losses.projection import sum_over_logprobs
+from headwater.scoring.scores import HiddenScores
 
 TOKENS, HIDDEN, ROWS, VOCAB = 11, 5, 13, 10
 
@@ -125,6 +127,37 @@ def test_never_more_than_a_chunk_of_logits():
             0
         ].sum().backward()
     assert largest.numel == 8 * 50
+
+
+@pytest.mark.parametrize("loss", ["token_logprobs", "sum_over_logprobs", "dense"])
+def test_a_chunk_of_logits_is_no_larger_than_the_head(loss):
+    rows = 2**22  # at width 4 the head has 2^24 numbers, below which no chunk is bounded
+    hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(rows, 4, requires_grad=True)
+    targets = torch.zeros(6, dtype=torch.int64)
+    with LargestTensor() as largest:
+        if loss == "token_logprobs":
+            total = token_logprobs(hidden, head, targets, vocab_size=rows)[0].sum()
+        elif loss == "sum_over_logprobs":
+            total, _ = sum_over_logprobs(hidden, head, targets, lambda x, _: (x.sum(), {}), vocab_size=rows)
+        else:
+            teacher = HiddenScores(torch.randn(6, 2), torch.randn(rows, 2))
+            total = dense_divergence(hidden, head, teacher, torch.ones(6), kind="reverse_kl", vocab_size=rows)[0]
+        total.backward()
+    assert largest.numel == head.numel()
+
+
+@pytest.mark.parametrize(
+    "most, rows, width, expected",
+    [
+        (1024, 50, 64, 1024),
+        (1024, 151_936, 256, 256),
+        (1024, 151_936, 2048, 1024),
+        (64, 151_936, 256, 64),
+        (1024, 49_152, 256, 341),
+    ],
+)
+def test_chunks_are_bounded_by_the_head_and_2_to_the_24(most, rows, width, expected):
+    assert numerics.rows_and_chunk(torch.empty(rows, width, device="meta"), 1.0, rows, most) == (rows, expected)
 
 
 def test_empty_batch():

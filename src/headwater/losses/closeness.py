@@ -11,11 +11,11 @@ from headwater.losses.numerics import (
     LOGPROB_FLOOR,
     NO_MASS,
     accurate_dtype,
-    check_projection,
     first_rows,
     matmul,
     matmul_dtype,
     padded_rows,
+    rows_and_chunk,
 )
 from headwater.losses.projection import scaled
 from headwater.scoring.scores import HiddenScores
@@ -43,8 +43,8 @@ def token_closeness(
     At most chunk_tokens x vocab logits of each model exist at a time. Raises ValueError for sizes that are not
     positive.
     """
-    check_projection(temperature, vocab_size, chunk_tokens)
-    rows = min(vocab_size, student_head.shape[0], teacher.head.shape[0])
+    rows, chunk_tokens = rows_and_chunk(student_head, temperature, vocab_size, chunk_tokens)
+    rows = min(rows, len(teacher.head))
     wide, top, out = padded_rows(rows, student_head), min(overlap, rows), accurate_dtype(student_hidden)
     ours = first_rows(student_head, wide, matmul_dtype(student_hidden, student_head))
     theirs = first_rows(teacher.head, wide, matmul_dtype(teacher.hidden, teacher.head))

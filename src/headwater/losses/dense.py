@@ -20,12 +20,12 @@ from headwater.losses.numerics import (
     Loss,
     accurate_dtype,
     by_rows,
-    check_projection,
     first_rows,
     fused,
     matmul,
     matmul_dtype,
     padded_rows,
+    rows_and_chunk,
     with_columns,
 )
 from headwater.losses.projection import scaled, summed
@@ -69,10 +69,9 @@ def dense_divergence(
     `teacher/topk_mass`. Raises ValueError for misaligned tokens, ids outside the vocabulary, top-k mass above 1 and
     top-k log-probs taken at another temperature, which cannot be re-tempered since the tail is unknown.
     """
-    check_projection(temperature, vocab_size, chunk_tokens)
+    rows, chunk_tokens = rows_and_chunk(student_head, temperature, vocab_size, chunk_tokens)
     if kind == "jsd" and not 0 < beta < 1:
         raise ValueError(f'jsd needs 0 < beta < 1, got {beta}; for the ends use kind="forward_kl" or "reverse_kl"')
-    rows = min(vocab_size, student_head.shape[0])
     rows = min(rows, teacher.head.shape[0]) if isinstance(teacher, HiddenScores) else rows
     _check_teacher(teacher, len(student_hidden), rows, temperature)
     if isinstance(teacher, HiddenScores):

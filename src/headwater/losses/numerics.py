@@ -140,10 +140,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True) if has_compiler else function
 
 
-def check_projection(temperature: float, vocab_size: int, chunk_tokens: int) -> None:
-    """ValueError unless all three are positive."""
+def rows_and_chunk(head: Tensor, temperature: float, vocab_size: int, chunk_tokens: int) -> tuple[int, int]:
+    """Rows of the head that count, and tokens whose logits exist together: chunk_tokens, or fewer where those would
+    outnumber the head's weights (each chunk adds to their gradient) and 2^24. ValueError unless all are positive."""
     if not (temperature > 0 and vocab_size >= 1 and chunk_tokens >= 1):
         raise ValueError(
             "temperature, vocab_size and chunk_tokens must be positive, "
             f"got {temperature}, {vocab_size} and {chunk_tokens}; temperature 0 (greedy) has no log-probs"
         )
+    rows = min(vocab_size, len(head))
+    return rows, min(chunk_tokens, max(head.shape[1], 2**24 // rows))

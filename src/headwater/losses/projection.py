@@ -16,13 +16,13 @@ from headwater.losses.numerics import (
     accurate_dtype,
     add_product,
     by_rows,
-    check_projection,
     first_rows,
     fused,
     matmul,
     matmul_dtype,
     merged,
     padded_rows,
+    rows_and_chunk,
     with_columns,
 )
 
@@ -43,7 +43,7 @@ def token_logprobs(
     whose log-prob receives no gradient contributes none, even where its hidden state is not finite.
     Raises ValueError for targets outside the vocabulary and for sizes that are not positive.
     """
-    rows = _rows(head, targets, vocab_size, temperature, chunk_tokens)
+    rows, chunk_tokens = _rows(head, targets, vocab_size, temperature, chunk_tokens)
     logprobs, entropy = _TokenLogprobs.apply(hidden, head, targets, temperature, rows, chunk_tokens)
     return logprobs, entropy
 
@@ -64,7 +64,7 @@ def sum_over_logprobs(
     is taken in the forward pass, with three products of a token with the head where the other needs four.
     Raises ValueError as `token_logprobs` does.
     """
-    rows = _rows(head, targets, vocab_size, temperature, chunk_tokens)
+    rows, chunk_tokens = _rows(head, targets, vocab_size, temperature, chunk_tokens)
     out, learning = accurate_dtype(hidden), torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     total, metrics = torch.zeros((), dtype=out, device=hidden.device), Metrics()
 
@@ -92,16 +92,15 @@ def _slices(tokens: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(1, tokens), size)]
 
 
-def _rows(head: Tensor, targets: Tensor, vocab_size: int, temperature: float, chunk_tokens: int) -> int:
-    """How many rows of the head count."""
-    check_projection(temperature, vocab_size, chunk_tokens)
-    rows = min(vocab_size, head.shape[0])
+def _rows(head: Tensor, targets: Tensor, vocab_size: int, temperature: float, chunk_tokens: int) -> tuple[int, int]:
+    """As `rows_and_chunk`, with the targets checked."""
+    rows, chunk = rows_and_chunk(head, temperature, vocab_size, chunk_tokens)
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < rows:
         raise ValueError(
             f"targets lie in {int(targets.min())}..{int(targets.max())}, head and vocab_size allow 0..{rows - 1}; "
             "the tokenizer and the model disagree"
         )
-    return rows
+    return rows, chunk
 
 
 def summed(
