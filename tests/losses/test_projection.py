@@ -4,6 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwater.losses import numerics, token_logprobs
+from headwater.losses.closeness import token_closeness
 from headwater.losses.dense import dense_divergence
 from headwater.losses.numerics import mean_metric, where_member
 from headwater.losses.oracle import token_logprobs_from_logits
@@ -129,20 +130,21 @@ def test_never_more_than_a_chunk_of_logits():
     assert largest.numel == 8 * 50
 
 
-@pytest.mark.parametrize("loss", ["token_logprobs", "sum_over_logprobs", "dense"])
+@pytest.mark.parametrize("loss", ["token_logprobs", "sum_over_logprobs", "dense", "closeness"])
 def test_a_chunk_of_logits_is_no_larger_than_the_head(loss):
     rows = 2**22  # at width 4 the head has 2^24 numbers, below which no chunk is bounded
     hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(rows, 4, requires_grad=True)
     targets = torch.zeros(6, dtype=torch.int64)
+    teacher = HiddenScores(torch.randn(6, 2), torch.randn(rows, 2))
     with LargestTensor() as largest:
         if loss == "token_logprobs":
-            total = token_logprobs(hidden, head, targets, vocab_size=rows)[0].sum()
+            token_logprobs(hidden, head, targets, vocab_size=rows)[0].sum().backward()
         elif loss == "sum_over_logprobs":
-            total, _ = sum_over_logprobs(hidden, head, targets, lambda x, _: (x.sum(), {}), vocab_size=rows)
+            sum_over_logprobs(hidden, head, targets, lambda x, _: (x.sum(), {}), vocab_size=rows)[0].backward()
+        elif loss == "dense":
+            dense_divergence(hidden, head, teacher, torch.ones(6), kind="reverse_kl", vocab_size=rows)[0].backward()
         else:
-            teacher = HiddenScores(torch.randn(6, 2), torch.randn(rows, 2))
-            total = dense_divergence(hidden, head, teacher, torch.ones(6), kind="reverse_kl", vocab_size=rows)[0]
-        total.backward()
+            token_closeness(hidden, head, teacher, targets, vocab_size=rows)
     assert largest.numel == head.numel()
 
 
