@@ -14,8 +14,8 @@ Lengths are geometric with mean 3/4 of the limit and cut there; the law is in th
 Ours is `stages.grpo.train` / `stages.distill.train` with a StageRun; TRL's is `GRPOTrainer` / `DistillationTrainer`
 (beta = 1: reverse KL, exact over the vocabulary, on-policy; its stable trainer) under `train()`. Each runs in a process
 of its own, and the parent lets one take a step at a time, so memory is each one's own and all meet the same machine.
-TRL is first tried at every micro-batch x dtype x threads of a grid, ours at every dtype x threads; then the best of
-each at float32, at bfloat16 compute over float32 weights, and overall take turns. Rewards read the text alone.
+Both are first tried at every micro-batch x dtype x threads of a grid; then the best of each at float32, at bfloat16
+compute over float32 weights, and overall take turns. Rewards read the text alone.
 
 `--losses` only: loss and gradients of both on the same ids, advantages and teacher in float64.
 """
@@ -78,20 +78,20 @@ TOY = Workload(Shape(32, 2, 2, 1, 64, True, 16), Shape(48, 2, 2, 1, 64, True, 16
 @dataclass(frozen=True)
 class Job:
     """What one process does. `dtype`: float32; bfloat16: computed in it over float32 weights (TRL: autocast); pure
-    bfloat16 (TRL alone): weights and optimizer state too. `batch`: TRL's rows of a micro-batch."""
+    bfloat16 (TRL alone): weights and optimizer state too. `batch`: of a micro-batch TRL's rows, our tokens."""
 
     side: str
     method: str
     directory: str
     dtype: str
     threads: int
-    batch: int = 0
+    batch: int
     checkpointing: bool = False
 
     @property
     def name(self) -> str:
-        extra = f", batch {self.batch}{', checkpointing' * self.checkpointing}" if self.side == "trl" else ""
-        return f"{self.side} {self.dtype}, {self.threads} threads{extra}"
+        size = f"batch {self.batch}" if self.side == "trl" else f"{self.batch} tokens"
+        return f"{self.side} {self.dtype}, {self.threads} threads, {size}{', checkpointing' * self.checkpointing}"
 
 
 class Turn:
@@ -140,6 +140,7 @@ def work_ours(job: Job, work: Workload, turn: Turn, device: str) -> None:
         problems_per_step=work.problems,
         group_size=work.group,
         new_tokens=work.limit,
+        micro_batch_tokens=job.batch,
         on_step=on_step,
     )
 
@@ -329,7 +330,7 @@ def take_turns(jobs: list[Job], task: Row, pythons: dict[str, str], warmups: int
 
 def grid(side: str, method: str, directory: str, work: Workload, asked: argparse.Namespace) -> list[Job]:
     dtypes = ["float32", "bfloat16"] + ["pure bfloat16"] * (side == "trl")
-    batches = sorted({min(b, work.rows) for b in asked.batches}) if side == "trl" else [0]
+    batches = sorted({min(b, work.rows) for b in asked.batches}) if side == "trl" else asked.tokens
     choices = itertools.product(dtypes, asked.threads, batches)
     return [Job(side, method, directory, dtype, threads, batch) for dtype, threads, batch in choices]
 
@@ -452,6 +453,7 @@ def main(given: list[str] | None = None) -> dict[str, list[Row]]:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["base", "long", "vocabulary"])
     parser.add_argument("--methods", nargs="+", choices=("grpo", "distill"), default=["grpo", "distill"])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 64], help="TRL's rows of a micro-batch")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16_384], help="our tokens of a micro-batch")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--grid-steps", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)

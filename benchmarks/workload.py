@@ -142,6 +142,7 @@ def run_stage(
     group_size: int,
     new_tokens: int,
     on_step: Callable[[Row], None],
+    micro_batch_tokens: int = Execution().micro_batch_tokens,
 ) -> None:
     """The package's own `grpo` or `distill` stage in a temporary directory.
 
@@ -164,7 +165,8 @@ def run_stage(
     }
     set_deterministic(torch.get_num_threads())  # as every stage of a study runs
     with TemporaryDirectory() as directory:
-        run = StageRun(Path(directory), execution=Execution(save_every=10**6), on_log=log)
+        execution = Execution(save_every=10**6, micro_batch_tokens=micro_batch_tokens)
+        run = StageRun(Path(directory), execution=execution, on_log=log)
         if method == "grpo":
             grpo.train(GRPO(**settings), policy=student, problems=pool, grade=grade, seed=0, run=run)
         else:
