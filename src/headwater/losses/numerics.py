@@ -74,12 +74,14 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """total += a @ b, multiplied in `dtype`; on CUDA the sums stay in total's dtype and no second matrix is made."""
+    """total += a @ b, multiplied in `dtype`; on CUDA the sums stay in total's dtype, no second matrix is made whole."""
     if total.is_cuda and total.dtype != dtype:
         with torch.autocast("cuda", enabled=False):
             torch.addmm(total, a.to(dtype), b.to(dtype), out_dtype=total.dtype, out=total)
-    else:
-        total += matmul(a, b, dtype)
+        return
+    size = len(total) if total.is_cuda else max(1, 4 * CACHED // total.shape[1])
+    for some, rows in zip(total.split(size), a.split(size), strict=True):
+        some += matmul(rows, b, dtype)
 
 
 def padded_rows(rows: int, head: Tensor) -> int:
