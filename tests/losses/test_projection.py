@@ -162,6 +162,14 @@ def test_chunks_are_bounded_by_the_head_and_2_to_the_24(most, rows, width, expec
     assert numerics.rows_and_chunk(torch.empty(rows, width, device="meta"), 1.0, rows, most) == (rows, expected)
 
 
+def test_products_are_added_some_rows_at_a_time(monkeypatch):
+    total, a, b = torch.randn(23, 4), torch.randn(5, 23).T, torch.randn(5, 4)
+    expected = total + a @ b
+    monkeypatch.setattr(numerics, "CACHED", 5)  # five rows
+    numerics.add_product(total, a, b, torch.float32)
+    torch.testing.assert_close(total, expected)
+
+
 def test_empty_batch():
     head = torch.randn(ROWS, HIDDEN, requires_grad=True)
     empty = torch.zeros(0, HIDDEN, requires_grad=True)
