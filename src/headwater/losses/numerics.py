@@ -74,7 +74,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """total += a @ b, multiplied in `dtype`; on CUDA the sums stay in total's dtype, no second matrix is made whole."""
+    """total += a @ b, multiplied in `dtype`; on CUDA summed in total's dtype, on a CPU some rows at a time."""
     if total.is_cuda and total.dtype != dtype:
         with torch.autocast("cuda", enabled=False):
             torch.addmm(total, a.to(dtype), b.to(dtype), out_dtype=total.dtype, out=total)
