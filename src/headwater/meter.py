@@ -42,7 +42,7 @@ class Meter:
         `scored` and `trained` sequences are read as a `whole`; those of other roles are completions drawn with a cache,
         or with 0 completion tokens a prompt, to be counted once a group. `executed` is what went through the model,
         padding included (default: no more than was needed), `shared` the prefixes that came on top; these and
-        `projections`, `recomputed`: as in `flops.training_flops`.
+        `projections` (1: no backward pass), `recomputed`: as in `flops.training_flops`.
         """
         lengths = list(lengths)
         if role in ("scored", "trained") if whole is None else whole:
@@ -55,7 +55,7 @@ class Meter:
         row = self._row(role)
         row["tokens"] += tokens
         row["padding"] += int(executed.tokens + (shared.tokens if shared else 0) - work.tokens)
-        if role == "trained":
+        if role == "trained" and projections > 1:
             row["flops"] += flops.training_flops(shape, work)
             row["executed_flops"] += flops.training_flops(
                 shape, executed, shared, projections=projections, recomputed=recomputed

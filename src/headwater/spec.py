@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, Probe, canonical
 
-REVISIONS = {"grpo": 5, "warmup": 3, "distill": 4, "sft": 4, "joint": 5, "evaluate": 4, "probe": 4}
+REVISIONS = {"grpo": 6, "warmup": 3, "distill": 4, "sft": 4, "joint": 5, "evaluate": 4, "probe": 4}
 """Raised when a method's numbers change for the same specification; a golden trajectory fails until it is."""
 EVALUATED_AT_ONCE = 512
 """Rollouts of an evaluation between two writes: so many that a few long ones do not run alone for long."""

@@ -129,13 +129,15 @@ def update(
     lr: float,
     max_grad_norm: float,
     mesh: Mesh,
+    still: Sequence[MicroBatch] = (),
 ) -> dict[str, float]:
     """Gradient of sum_terms coef x (sum over all micro-batches and ranks) / denominator, clipped by global norm, then
     one step.
 
-    The result does not depend on how rows were cut into micro-batches and dealt to ranks; a rank may have none. Where
-    the gradient is exactly 0 (no trained token, or only groups of equal rewards) nothing is learned: weights and
-    optimizer state stay as they are.
+    The result does not depend on how rows were cut into micro-batches and dealt to ranks; a rank may have none. `still`
+    are known to have no gradient: they count in loss and metrics, without a backward pass. Where the gradient is
+    exactly 0 (no trained token, or only groups of equal rewards) nothing is learned: weights and optimizer state stay
+    as they are.
     Raises NonFiniteError, on every rank and before the weights change, when a loss or the gradient is not finite.
     """
     metrics: Metrics = {}
@@ -146,16 +148,18 @@ def update(
     # Activation checkpointing and dropout act in train mode only; sampling needs eval mode, for its cache.
     model.module.train(model.checkpoint_activations or dropout)
     value, failed = torch.zeros((), dtype=torch.float64), []
-    for micro in micro_batches:
-        hidden = states(model, micro)
-        terms, observed = loss(hidden, model.padded_head, micro)
+    for micro, learns in [*((m, True) for m in micro_batches), *((m, False) for m in still)]:
+        with torch.set_grad_enabled(learns):
+            hidden = states(model, micro)
+            terms, observed = loss(hidden, model.padded_head, micro)
         # The empty sum ties the loss to the graph when every term is left out.
         total = sum((t.coef / t.denominator * t.total for t in terms if t.denominator > 0), hidden[:0].sum())
         value += total.detach().double().cpu()
         if not bool(torch.isfinite(total)):
             failed = [micro]
             break
-        total.backward()
+        if learns:
+            total.backward()
         metrics = merged(metrics, {name: (a.double().cpu(), b.double().cpu()) for name, (a, b) in observed.items()})
     model.module.eval()
     value = mesh.all_sum(value)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 Matrix = Float[np.ndarray, "_ _"]
 """Scores, seeds x problems. The sizes are compared by the functions, which say what to do about a difference."""
@@ -70,7 +70,7 @@ def mean_interval(matrix: Float[np.ndarray, "seeds problems"]) -> Estimate:
         raise ValueError("the matrix holds nan or infinite scores: every seed must be scored on every problem")
     value, variance, df = (float(x) for x in _variance(matrix))
     error = variance**0.5
-    half = float(stats.t.ppf(0.975, df)) * error
+    half = float(special.stdtrit(df, 0.975)) * error
     return Estimate(
         value=value,
         ci95=(value - half, value + half),
@@ -241,7 +241,7 @@ def _variance(
     mean_square_residual = (residual**2).sum((-2, -1)) / (df_seeds * df_problems)
     # Seeds that agree more closely than the residual lets them do so by luck: without a floor, means that happen to be
     # equal would give an interval of no width.
-    floor = float(stats.chi2.ppf(0.05, df_seeds)) / df_seeds
+    floor = float(special.chdtri(df_seeds, 0.95)) / df_seeds
     seeds = np.maximum(num_problems * rows.var(-1, ddof=1), floor * mean_square_residual)
     problems = np.maximum(mean_square_problems - mean_square_residual, 0.0)
     variance = np.asarray((seeds + problems) / (num_seeds * num_problems))
@@ -258,4 +258,4 @@ def _two_sided(value: float, error: float, df: float) -> float:
     """Two-sided t probability; a sample without any spread gives 1 at exactly 0 and 0 elsewhere."""
     if error == 0:
         return 1.0 if value == 0 else 0.0
-    return float(2 * stats.t.sf(abs(value) / error, df))
+    return float(2 * special.stdtr(df, -abs(value) / error))

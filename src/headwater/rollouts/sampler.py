@@ -64,7 +64,6 @@ class TransformersSampler:
     def load(self, weights: object, version: int) -> None:
         self.version = version
 
-    @torch.no_grad()
     def sample(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """`group_size` completions of every problem, in order: problem by problem, index by index.
 
@@ -72,7 +71,7 @@ class TransformersSampler:
         """
         return self.complete(problems, [self.model.encode(p.messages) for p in problems], sampling)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def complete(self, problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
         """As `sample`, from token ids in place of the problems' own prompts: a prompt and the beginning of an
         answer."""
@@ -82,17 +81,20 @@ class TransformersSampler:
             seen[problem.id] += 1
         mine = self.mesh.shard(range(len(problems)))
         by_length = sorted(mine, key=lambda i: -len(prompts[i]))
+        # Compiled layers would be compiled again for every shape and kind of cache.
+        as_written = torch.compiler.set_stance("force_eager") if self.model.compiled else nullcontext()
         groups: list[list[Rollout]] = [[] for _ in problems]
         prefilled, decoded = Work(), Work()
-        while by_length:
-            width = len(prompts[by_length[0]]) + sampling.max_new_tokens
-            count = max(1, self.max_tokens // (width * sampling.group_size))
-            chosen, by_length = by_length[:count], by_length[count:]
-            places = [(problems[i].id, first[i] + g) for i in chosen for g in range(sampling.group_size)]
-            rollouts, read, work = self._decode(places, [prompts[i] for i in chosen], sampling)
-            prefilled, decoded = prefilled + read, decoded + work
-            for place, i in enumerate(chosen):
-                groups[i] = rollouts[place * sampling.group_size : (place + 1) * sampling.group_size]
+        with sdpa_kernel(ATTENTION), as_written:
+            while by_length:
+                width = len(prompts[by_length[0]]) + sampling.max_new_tokens
+                count = max(1, self.max_tokens // (width * sampling.group_size))
+                chosen, by_length = by_length[:count], by_length[count:]
+                places = [(problems[i].id, first[i] + g) for i in chosen for g in range(sampling.group_size)]
+                rollouts, read, work = self._decode(places, [prompts[i] for i in chosen], sampling)
+                prefilled, decoded = prefilled + read, decoded + work
+                for place, i in enumerate(chosen):
+                    groups[i] = rollouts[place * sampling.group_size : (place + 1) * sampling.group_size]
         self.prefilled, self.decoded = (flops.total(self.mesh.collect(work)) for work in (prefilled, decoded))
         return [rollout for group in self.mesh.gather([groups[i] for i in mine]) for rollout in group]
 
@@ -173,41 +175,38 @@ class _Start:
 
 def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Work]:
     """Tokens and log-probs [rows, limit], how many of each row count, and the work."""
-    hidden, mask, lengths, cache, keys = start.hidden, start.mask, start.lengths, start.cache, start.keys
-    limit, rows, device = sampling.max_new_tokens, len(keys), hidden.device
+    hidden, mask, lengths, cache = start.hidden, start.mask, start.lengths, start.cache
+    limit, rows, device = sampling.max_new_tokens, len(start.keys), hidden.device
     width = mask.shape[1] - limit
     eos = torch.tensor(model.eos_ids, device=device)
+    uniform = _uniforms(start.keys, range(limit), torch.device("cpu"))
     tokens = torch.zeros(rows, limit, dtype=torch.long)
     logprobs = torch.zeros(rows, limit, dtype=torch.float32)
-    count = torch.full((rows,), limit)
-    alive = np.arange(rows)  # rows of the output that each row of the batch writes
-    running = torch.ones(rows, dtype=torch.bool)
+    alive = torch.arange(rows)  # rows of the output that each row of the batch writes
+    running = torch.ones(rows, dtype=torch.bool)  # of the rows of the batch
     work = Work()
     if all(type(layer) is RoomyLayer for layer in cache.layers):
         mask = _bias(mask, hidden.dtype)  # which transformers would make of it anew for every token
     for position in range(limit):
-        uniform = streams.uniforms(keys[alive], np.full(len(alive), position))
-        token, logprob = _draw(model, hidden, torch.from_numpy(uniform).to(device), sampling)
+        token, logprob = _draw(model, hidden, uniform[position, alive].to(device), sampling)
         tokens[alive, position], logprobs[alive, position] = token.cpu(), logprob.cpu()
         work += Work(logits=len(alive))
-        ended = torch.isin(token, eos).cpu() & running[alive]
+        running &= ~torch.isin(token, eos).cpu()
         if model.config.stop:
-            ended |= _stopped(model, tokens[alive, : position + 1], running[alive])
-        count[alive[ended.numpy()]] = position + 1
-        running[alive[ended.numpy()]] = False
+            running &= ~_stopped(model, tokens[alive, : position + 1], running)
         num_running = int(running.sum())
         if not num_running or position + 1 == limit:
             break
         # Leaving costs a copy of the cache: rows leave in lots of a quarter.
         if num_running <= 0.75 * len(alive):
-            keep = running[alive]
-            index = keep.nonzero().squeeze(1).to(device)
-            alive, token, mask, lengths = alive[keep.numpy()], token[index], mask[index], lengths[index]
+            index = running.nonzero().squeeze(1)
+            alive, running, index = alive[index], running[index], index.to(device)
+            token, mask, lengths = token[index], mask[index], lengths[index]
             cache.batch_select_indices(index)
         seen = width + position + 1
         hidden = _forward(model, token[:, None], mask[..., :seen], (lengths + position)[:, None], cache)
         work += Work(len(alive), len(alive) * seen)
-    return tokens, logprobs, count, work
+    return tokens, logprobs, _counts(model, tokens), work
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -353,10 +352,5 @@ def _pad_left(prompts: list[list[int]], extra: int, device: torch.device) -> tup
 
 def _forward(model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | Slots) -> Tensor:
     """Last hidden state of the last position, extending the cache."""
-    # Compiled layers would be compiled again for every shape and kind of cache.
-    as_written = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()
-    with sdpa_kernel(ATTENTION), as_written:
-        out = model.base(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+    out = model.base(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return out[0][:, -1].to(ids.device)

@@ -33,8 +33,8 @@ GIVEN_UP = ("timeout", "memory", "error")
 """Reasons that say nothing about the completion."""
 AUDITED = 32
 """Rollouts of a step that a second grader sees, at most."""
-DENSE, SPARSE = 3, 4
-"""Products with the student's LM head: logits and two gradients; `token_logprobs` makes the logits again."""
+LOGITS, DENSE, SPARSE = 1, 3, 4
+"""Products with the student's LM head: logits alone; and two gradients; `token_logprobs` makes the logits again."""
 
 
 def rows_of(groups: Sequence[Sequence[T]]) -> list[T]:

@@ -23,6 +23,7 @@ from headwater.scoring.log_probs import View, score_tokens
 from headwater.scoring.weights import soft_overlong_penalty, token_weights
 from headwater.stages.common import (
     DENSE,
+    LOGITS,
     SPARSE,
     AnySampler,
     audit_metrics,
@@ -254,26 +255,25 @@ def _update_epochs(
     with run.meter.timed("trained"), run.guarded():
         for part, of_all in zip(parts, whole, strict=True):
             part, denominator = weigh(part, settings, run.mesh)
-            micros = micro_batches(
-                part, max_tokens=ex.micro_batch_tokens, device=policy.device, share=policy.shares_prefixes
-            )
+            how = {"max_tokens": ex.micro_batch_tokens, "device": policy.device, "share": policy.shares_prefixes}
+            live, still = (micro_batches(rows, **how) for rows in _live_and_still(part, settings))
             loss = policy_loss(settings, ex, policy.vocab_size, denominator)
-            observed.append(
-                update(
-                    policy,
-                    optimizer,
-                    micros,
-                    loss,
-                    lr=lr,
-                    max_grad_norm=settings.optimizer.max_grad_norm,
-                    mesh=run.mesh,
-                )
-            )
-            count_trained(run, policy, of_all, micros, SPARSE if settings.ratio == "sequence" else DENSE)
+            how = {"lr": lr, "max_grad_norm": settings.optimizer.max_grad_norm, "mesh": run.mesh}
+            observed.append(update(policy, optimizer, live, loss, still=still, **how))
+            learned, looked_at = _live_and_still(of_all, settings)
+            count_trained(run, policy, learned, live, SPARSE if settings.ratio == "sequence" else DENSE)
+            count_trained(run, policy, looked_at, still, LOGITS)
     return {
         name: max(m[name] for m in observed) if name.endswith("_max") else sum(m[name] for m in observed) / len(parts)
         for name in observed[0]
     }
+
+
+def _live_and_still(batch: Batch, settings: GRPO) -> tuple[Batch, Batch]:
+    """Rows with a gradient, and those of advantage 0, which have none unless a reference pulls at them too."""
+    live = [settings.kl_coef > 0 or bool(advantages.any()) for advantages in batch.fields["advantages"]]
+    rows = range(len(batch))
+    return batch.take([r for r in rows if live[r]]), batch.take([r for r in rows if not live[r]])
 
 
 def weigh(batch: Batch, settings: GRPO, mesh: Mesh) -> tuple[Batch, float]:
