@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from headwater import flops
-from headwater.config import SFT, Distill, Execution, ModelConfig, Warmup
+from headwater.config import GRPO, SFT, Distill, Execution, ModelConfig, Warmup
 from headwater.flops import Work, completion_work, prompt_work, sequence_work, shape_of
 from headwater.models.language_model import LanguageModel, Prefixes, wrap
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
-from headwater.stages import distill, sft, warmup
-from headwater.types import Message, Problem
+from headwater.stages import distill, grpo, sft, warmup
+from headwater.types import Message, Problem, Verdict
 
 SMALL: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 320}
 CONFIGS = {
@@ -106,6 +106,27 @@ def test_a_step_of_distillation_with_everything_in_it(kind: str, divergence, tok
     executed = sum(row["executed_flops"] for row in bill.values())
     assert executed == pytest.approx(counter.get_total_flops(), rel=0.001)
     assert run.meter.flops < executed and bill["trained"]["padding"] > 0
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_step_of_grpo_where_some_groups_are_dead(kind: str, ratio, tokenizer, problems, tmp_path):
+    model, pool = build(kind, tokenizer, trained=True), mixed(problems)
+    dead = {p.id for p in pool[:4]}
+
+    def grade(pairs: list[tuple[Problem, str]]) -> list[Verdict]:
+        return [Verdict(False, True, "wrong", float(i % 2 and p.id not in dead)) for i, (p, _) in enumerate(pairs)]
+
+    settings = GRPO.model_validate(
+        {"steps": 2, "problems_per_step": 4, "group_size": 2, "max_new_tokens": 20, "optimizer": {"lr": 1e-3}}
+        | {"ratio": ratio}
+    )
+    run = StageRun(tmp_path, execution=Execution(micro_batch_tokens=300, sampler_tokens=500, chunk_tokens=16))
+    answered = [replace(p, answer="0") for p in pool]
+    with FlopCounterMode(display=False) as counter:
+        grpo.train(settings, policy=model, problems=answered, grade=grade, seed=0, run=run)
+    executed = sum(row["executed_flops"] for row in run.meter.state().values())
+    assert executed == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -9,6 +9,7 @@ from headwater.run import StageRun
 from headwater.stages import grpo
 from headwater.stages.common import audit_metrics
 from headwater.types import Problem, Rollout, Verdict
+from headwater.update import update
 
 OPTIMIZER = {"lr": 1e-3}
 
@@ -84,6 +85,43 @@ def test_dead_groups_are_replaced_and_every_answer_used_is_on_the_ledger(make_mo
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert row["reward/groups_redrawn"] > 0 and row["reward/frac_groups_zero_std"] == 0
     assert row["ledger/labels"] == 4 + row["reward/groups_redrawn"] == run.ledger.revealed
+
+
+@pytest.mark.parametrize("changes", [{}, {"ratio": "sequence"}, {"updates_per_batch": 2}, {"kl_coef": 0.1}])
+def test_rows_of_dead_groups_need_no_backward_pass(make_model, problems, tmp_path, monkeypatch, changes):
+    """Weights and metrics are those of a backward pass through all rows, of which dead groups are half."""
+    passes: list[tuple[int, int]] = []
+
+    def grade(pairs: list[tuple[Problem, str]]) -> list[Verdict]:
+        return [verdict(float(i % 2 and i // 2 % 2)) for i, _ in enumerate(pairs)]
+
+    def counted(*args, still=(), **how):
+        passes.append((sum(m.num_sequences for m in args[2]), sum(m.num_sequences for m in still)))
+        return update(*args, still=still, **how)
+
+    def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, float], float]:
+        run, model = StageRun(tmp_path / name), make_model(0, dtype=torch.float64)
+        anchor = make_model(1, dtype=torch.float64) if "kl_coef" in changes else None
+        chosen = settings(steps=2, **changes)
+        grpo.train(chosen, policy=model, problems=problems, grade=grade, seed=0, run=run, reference=anchor)
+        rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        kept = {k: v for k, v in rows[-1].items() if k.startswith(("policy/", "optim/", "reward/"))}
+        return model.module.state_dict(), kept, run.meter.flops
+
+    monkeypatch.setattr(grpo, "update", counted)
+    weights, metrics, flops = train("still")
+    live = 8 if "kl_coef" in changes else 4
+    assert {(2 * a, 2 * b) if "updates_per_batch" in changes else (a, b) for a, b in passes} <= {
+        (live, 8 - live),
+        (8, 0),
+        (0, 8),
+    }
+    monkeypatch.setattr(grpo, "_live_and_still", lambda batch, settings: (batch, batch.take([])))
+    all_weights, all_metrics, all_flops = train("all")
+    for name, value in weights.items():
+        torch.testing.assert_close(value, all_weights[name], rtol=0, atol=1e-9)
+    assert metrics == pytest.approx(all_metrics, rel=1e-6, abs=1e-9)
+    assert flops == all_flops if "kl_coef" in changes else flops < 0.9 * all_flops
 
 
 def test_on_policy_step_has_ratio_one_and_sampler_and_trainer_agree(make_model, problems, parity_grade, tmp_path):
