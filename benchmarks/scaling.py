@@ -3,7 +3,8 @@
     python benchmarks/scaling.py                        # a 15.7M student, a 44M teacher, both methods, every axis
 
 One axis moves at a time; no completion ends early, so that sizes are exact. Each point is the median step of the
-package's own stage after a first one; peak memory is above the weights. Of every axis the exponent of seconds and
+package's own stage after a first one; peak memory is of one more step, the most that tensors held above the weights
+(gradients and optimizer state are in it). Of every axis the exponent of seconds and
 memory is fitted (1: linear), against model FLOPs for the model's size. `prefixes`: the same steps with prompts shared
 by a group computed once (as the package does where that pays) and with each row computing its own.
 """
@@ -17,8 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from measure import SHAPES, Row, Shape, growth, report, table
-from workload import STUDENT, TEACHER, build, problems, prompts, timed_stage
+from measure import SHAPES, Row, Shape, allocated_peak, growth, report, table
+from workload import STUDENT, TEACHER, build, problems, prompts, run_stage, timed_stage
 
 from headwater.models.language_model import LanguageModel
 
@@ -46,20 +47,15 @@ def point(method: str, at: Row, dtype: str, device: str, repeats: int, share: bo
     if method == "distill":
         teacher = build(at.get("teacher", TEACHER), at["vocab"], dtype, device, trained=False)
     pool = problems(prompts(2 * at["problems"], at["prompt"], at["vocab"]))
+    of = (method, student, teacher, pool)
+    how = {"problems_per_step": at["problems"], "group_size": at["group"], "new_tokens": at["completion"]}
     with nullcontext() if share else mock.patch.object(LanguageModel, "shares_prefixes", False):
-        rows = timed_stage(
-            method,
-            student,
-            teacher,
-            pool,
-            repeats=repeats,
-            problems_per_step=at["problems"],
-            group_size=at["group"],
-            new_tokens=at["completion"],
-        )
+        rows = timed_stage(*of, repeats=repeats, **how)
+        peak = allocated_peak(lambda: run_stage(*of, steps=1, on_step=lambda row: None, **how))
     middle = sorted(rows, key=lambda row: row["seconds"])[(len(rows) - 1) // 2]
     seconds = [row["seconds"] for row in rows]
-    return middle | {"spread": (max(seconds) - min(seconds)) / statistics.median(seconds)}
+    spread = (max(seconds) - min(seconds)) / statistics.median(seconds)
+    return middle | {"spread": spread, "peak GB": peak / 1e9}
 
 
 def main(given: list[str] | None = None) -> dict[str, list[Row]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from measure import Row, Shape, memory, peak_memory, reset_peak, synchronize
+from measure import Row, Shape, synchronize
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -184,11 +184,9 @@ def timed_stage(
     group_size: int,
     new_tokens: int,
 ) -> list[Row]:
-    """Seconds, in all and by role, of each step after the first, with its FLOPs and the peak of all so far, in bytes
-    above what was there before the stage (weights are; gradients and optimizer state are not)."""
+    """Seconds, in all and by role, of each step after the first, with its FLOPs."""
     rows: list[Row] = []
-    reset_peak()
-    before, start = memory(), time.perf_counter()
+    start = time.perf_counter()
 
     def on_step(found: Row) -> None:
         nonlocal start
@@ -200,7 +198,6 @@ def timed_stage(
                 **{role: bill[role]["seconds"] for role in ("sampled", "scored", "trained") if role in bill},
                 "GFLOP": sum(row["flops"] for row in bill.values()) / 1e9,
                 "mean length": found["metrics"]["completion/len_mean"],
-                "peak GB": (peak_memory() - before) / 1e9,
             }
         )
         start = time.perf_counter()
