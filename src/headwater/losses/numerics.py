@@ -144,11 +144,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def rows_and_chunk(head: Tensor, temperature: float, vocab_size: int, chunk_tokens: int) -> tuple[int, int]:
     """Rows of the head that count, and tokens whose logits exist together: chunk_tokens, or fewer where those would
-    outnumber the head's weights (each chunk adds to their gradient) and 2^24. ValueError unless all are positive."""
+    outnumber the head's weights (each chunk adds to their gradient; on a CPU half of them) and 2^24. ValueError unless
+    all are positive."""
     if not (temperature > 0 and vocab_size >= 1 and chunk_tokens >= 1):
         raise ValueError(
             "temperature, vocab_size and chunk_tokens must be positive, "
             f"got {temperature}, {vocab_size} and {chunk_tokens}; temperature 0 (greedy) has no log-probs"
         )
     rows = min(vocab_size, len(head))
-    return rows, min(chunk_tokens, max(head.shape[1], 2**24 // rows))
+    return rows, min(chunk_tokens, max(head.shape[1] // (1 if head.is_cuda else 2), 2**24 // rows))

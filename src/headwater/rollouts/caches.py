@@ -28,8 +28,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        assert self.keys is not None
-        if self.room is None or len(self.room[0]) != len(self.keys):
+        if self.keys is None or self.room is None or len(self.room[0]) != len(self.keys):
             return super().batch_select_indices(indices)
         self.room, used = [room.index_select(0, indices) for room in self.room], self.keys.shape[2]
         self.keys, self.values = (room.narrow(2, 0, used) for room in self.room)

@@ -193,7 +193,8 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
         work += Work(logits=len(alive))
         running &= ~torch.isin(token, eos).cpu()
         if model.config.stop:
-            running &= ~_stopped(model, tokens[alive, : position + 1], running)
+            texts = tokens[alive, : position + 1].tolist()
+            running &= torch.tensor([not ends_in_stop(model.tokenizer, ids, model.config.stop) for ids in texts])
         num_running = int(running.sum())
         if not num_running or position + 1 == limit:
             break
@@ -269,12 +270,6 @@ def _counts(model: LanguageModel, tokens: Tensor) -> Tensor:
         return counts
     rows = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
     return torch.tensor([stop_length(model.tokenizer, row, model.config.stop) or len(row) for row in rows])
-
-
-def _stopped(model: LanguageModel, tokens: Tensor, running: Tensor) -> Tensor:
-    """Which of the running rows [rows, steps] end in a stop string."""
-    rows = zip(tokens.tolist(), running.tolist(), strict=True)
-    return torch.tensor([on and ends_in_stop(model.tokenizer, row, model.config.stop) for row, on in rows])
 
 
 def _segment(
