@@ -356,25 +356,30 @@ def _print(form: str, found: object, for_people: Callable[[], None]) -> None:
 
 
 def _run(recipe: Recipe, out: Path | None, store: Path | None, dry: bool, strict: bool) -> None:
-    # Here and not above: --help and a misspelt recipe should not wait for torch.
-    from headwater.report import page
-    from headwater.report.terminal import Progress, dry_run, print_findings, print_results
-    from headwater.study.graph import plan
-    from headwater.study.run import run as run_study
+    # Here and not above: --help and a misspelt recipe should not wait for torch, nor processes for this one.
+    from headwater.study.processes import started
 
     where, kept = out or Path("runs") / recipe.name, _store(store)
-    if dry:
-        dry_run(console, recipe, plan(recipe, offline=True), kept)
-        return
-    try:
-        with Progress(console, recipe) as progress:
-            hooks: dict[str, Any] = {"on_event": progress.on_event, "on_plan": progress.on_plan}
-            hooks["on_warning"] = lambda warning: print_findings(console, [warning])
-            found = run_study(recipe, where, kept, **hooks, strict=strict, calibrated=True)
-        print_results(console, recipe, found, where)
-    finally:
-        if (where / "results.json").exists():  # a run that failed has a report too
-            console.print(f"report: {page.write(where)}", markup=False, soft_wrap=True)
+    count = recipe.execution.executor.partition(":")[2]
+    with started(0 if dry else int(count or 0), kept.root) as processes:
+        from headwater.report import page
+        from headwater.report.terminal import Progress, dry_run, print_findings, print_results
+        from headwater.study.graph import plan
+        from headwater.study.run import run as run_study
+
+        if dry:
+            dry_run(console, recipe, plan(recipe, offline=True), kept)
+            return
+        try:
+            with Progress(console, recipe) as progress:
+                hooks: dict[str, Any] = {"on_event": progress.on_event, "on_plan": progress.on_plan}
+                hooks["on_warning"] = lambda warning: print_findings(console, [warning])
+                how: dict[str, Any] = {"strict": strict, "calibrated": True, "processes": processes}
+                found = run_study(recipe, where, kept, **hooks, **how)
+            print_results(console, recipe, found, where)
+        finally:
+            if (where / "results.json").exists():  # a run that failed has a report too
+                console.print(f"report: {page.write(where)}", markup=False, soft_wrap=True)
 
 
 def _store(path: Path | None):

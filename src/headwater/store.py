@@ -11,7 +11,6 @@ from typing import Any
 
 import platformdirs
 
-from headwater import checkpoint
 from headwater.ledger import Ledger
 
 
@@ -44,6 +43,8 @@ class Store:
         return (self.path(key) / "done.json").exists()
 
     def finish(self, key: str, outcome: dict[str, Any]) -> None:
+        from headwater import checkpoint  # torch: not for those who only name a store
+
         checkpoint.write_atomically(self.path(key) / "done.json", json.dumps(outcome, indent=1))
 
     def outcome(self, key: str) -> dict[str, Any]:

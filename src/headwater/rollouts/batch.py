@@ -168,7 +168,7 @@ def _cut(order: list[Row], max_tokens: int) -> tuple[list[list[int]], int]:
     return groups, sum(size.tokens for size in sizes)
 
 
-def _lots(order: list[Row], pieces: int = 32) -> list[list[Row]]:
+def _lots(order: list[Row], pieces: int = 16) -> list[list[Row]]:
     """The order cut where that is cheapest, in padded tokens and MICRO_BATCH_COSTS for each lot, among at most `pieces`
     equal pieces; without regard to the budget."""
     size = max(1, -(-len(order) // pieces))

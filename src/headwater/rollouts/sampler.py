@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from headwater import flops
 from headwater.flops import Work
 from headwater.mesh import Mesh
+from headwater.models.decoding import Decoder
 from headwater.models.language_model import ATTENTION, LanguageModel
 from headwater.models.template import ends_in_stop, stop_length
 from headwater.rollouts import streams
@@ -185,8 +186,10 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
     alive = torch.arange(rows)  # rows of the output that each row of the batch writes
     running = torch.ones(rows, dtype=torch.bool)  # of the rows of the batch
     work = Work()
+    decoder = None
     if all(type(layer) is RoomyLayer for layer in cache.layers):
         mask = _bias(mask, hidden.dtype)  # which transformers would make of it anew for every token
+        decoder = Decoder(model, int(lengths.max()) + limit) if Decoder.fits(model) else None
     for position in range(limit):
         token, logprob = _draw(model, hidden, uniform[position, alive].to(device), sampling)
         tokens[alive, position], logprobs[alive, position] = token.cpu(), logprob.cpu()
@@ -205,7 +208,11 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
             token, mask, lengths = token[index], mask[index], lengths[index]
             cache.batch_select_indices(index)
         seen = width + position + 1
-        hidden = _forward(model, token[:, None], mask[..., :seen], (lengths + position)[:, None], cache)
+        places = lengths + position
+        if decoder is None:
+            hidden = _forward(model, token[:, None], mask[..., :seen], places[:, None], cache)
+        else:
+            hidden = decoder.step(token, places, mask[..., :seen], cache)
         work += Work(len(alive), len(alive) * seen)
     return tokens, logprobs, _counts(model, tokens), work
 

@@ -6,8 +6,6 @@ import fcntl
 import json
 import os
 import selectors
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +18,7 @@ from headwater import spec
 from headwater.config import Execution
 from headwater.stages.node import Job, run_node
 from headwater.store import Store
+from headwater.study.processes import Process, start
 
 POLL_S = 0.5
 """How often a node that another study trains is looked at again."""
@@ -51,8 +50,11 @@ class NodeFailed(RuntimeError):
     """A node ended in an error; the message is what it said."""
 
 
-def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: OnEvent) -> None:
-    """Run all nodes that are not done, parents first; one that another study is at work on is waited for.
+def execute(
+    jobs: dict[str, Job], store: Store, execution: Execution, on_event: OnEvent, processes: list[Process] | None = None
+) -> None:
+    """Run all nodes that are not done, parents first; one that another study is at work on is waited for. A local
+    executor takes its processes from `processes` while there are any.
 
     One that fails takes only those with it that need it, unless the machine is at fault (an OSError); the error is
     raised when all the others are done: ValueError for what the user can mend, else NodeFailed.
@@ -64,7 +66,7 @@ def execute(jobs: dict[str, Job], store: Store, execution: Execution, on_event: 
     if name == "inline":
         _inline(waiting, store, on_event)
     else:
-        _local(waiting, store, on_event, int(count))
+        _local(waiting, store, on_event, int(count), [] if processes is None else processes)
 
 
 def holder(directory: Path) -> str | None:
@@ -145,14 +147,8 @@ def _drop(waiting: dict[str, Job], event: Event) -> int:
 class _Worker:
     """A child process that runs one job at a time: a JSON line in, JSON lines of events out."""
 
-    def __init__(self, store: Store) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "headwater.study.worker", str(store.root), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
+    def __init__(self, process: Process) -> None:
+        self.process = process
         self.key: str | None = None
         self.job: Job | None = None
         self.buffer = b""
@@ -183,14 +179,14 @@ class _Worker:
         return [Event(**json.loads(line)) for line in lines if line]
 
 
-def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int) -> None:
+def _local(waiting: dict[str, Job], store: Store, on_event: OnEvent, count: int, processes: list[Process]) -> None:
     workers: list[_Worker] = []
     failures: list[Exception] = []
     told: set[str] = set()
     try:
         with selectors.DefaultSelector() as selector:
             while True:
-                _assign(waiting, store, on_event, count, workers, selector)
+                _assign(waiting, store, on_event, count, workers, selector, processes)
                 if any(w.key for w in workers):
                     for selected, _ in selector.select():
                         for event in _listen(selected.data, on_event, workers, selector, waiting):
@@ -214,13 +210,14 @@ def _assign(
     count: int,
     workers: list[_Worker],
     selector: selectors.BaseSelector,
+    processes: list[Process],
 ) -> None:
     """Give what is ready to idle workers, and to new ones while there are fewer than `count`."""
     free = count - sum(w.key is not None for w in workers)
     for key in list(islice(_ready(waiting, store), free)) if free else []:
         worker = next((w for w in workers if w.is_idle), None)
         if worker is None:
-            worker = _Worker(store)
+            worker = _Worker(processes.pop() if processes else start(store.root))
             workers.append(worker)
             selector.register(worker.out, selectors.EVENT_READ, worker)
         worker.give(key, waiting.pop(key))

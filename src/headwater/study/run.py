@@ -26,6 +26,7 @@ from headwater.study.calibrate import calibrate
 from headwater.study.executors import Event, OnEvent, execute, holder
 from headwater.study.graph import Graph, plan
 from headwater.study.outlook import outlook
+from headwater.study.processes import Process
 from headwater.study.results import results
 from headwater.trackers import check_installed as check_trackers
 
@@ -67,10 +68,12 @@ def run(
     on_warning: OnWarning = lambda finding: None,
     strict: bool = False,
     calibrated: bool = False,
+    processes: list[Process] | None = None,
 ) -> dict[str, Any]:
     """Run or resume a study; returns the contents of `out/results.json`.
 
-    `calibrated`: ask the models first how they answer and how fast, for the plan in `out/plan.json`.
+    `calibrated`: ask the models first how they answer and how fast, for the plan in `out/plan.json`. `processes`:
+    started already for a local executor, which takes them from the list.
     While it runs, `out` is kept fresh for a reader: copies of the small files, events, the results so far.
     Raises ValueError for anything wrong with recipe, data or models before a weight is loaded, when `out` holds a run
     of another recipe, and when `strict` refuses finished stages that were executed otherwise.
@@ -104,7 +107,7 @@ def run(
         keeper = _Keeper(recipe, graph, store, out)
         keeper.note("run", command=sys.argv)
         try:
-            execute(jobs, store, recipe.execution, keeper.then(on_event))
+            execute(jobs, store, recipe.execution, keeper.then(on_event), processes)
         finally:
             for key in graph.nodes:
                 copy_small_files(key, store, out)
