@@ -2,9 +2,10 @@
 
     python benchmarks/sampling.py                     # 15.7M Qwen3, 64 rows, limits of 64 and 256 tokens
 
-`idle`: the share of tokens that were put through the model behind a completion's end. Floor: the larger of all weights
-read once a step at the speed of a copy, and the products that the prompts (once a group) and the drawn tokens need at
-the speed of a square product, both measured here.
+`modules`: our sampler with every step computed by transformers' modules, which `models.decoding` does on a CPU. `idle`:
+the share of tokens that were put through the model behind a completion's end. Floor: the larger of all weights read
+once a step at the speed of a copy, and the products that the prompts (once a group) and the drawn tokens need at the
+speed of a square product, both measured here.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from measure import SHAPES, TINY, Row, Scale, ceilings, report, synchronize, table
+from measure import SHAPES, TINY, Row, Scale, Shape, ceilings, report, synchronize, table
 from workload import END, PAD, STUDENT, build, problems, prompts
 
 from headwater import flops
+from headwater.models.decoding import Decoder
 from headwater.models.language_model import LanguageModel
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.types import Problem
 
-MODELS = {"15.7M": STUDENT, **SHAPES}
+MODELS = {"0.1M": Shape(48, 3, 3, 3, 144, True, 16), "15.7M": STUDENT, **SHAPES}
+"""The first has the shape of the world's student, for a vocabulary of 320 (`--vocab`)."""
 
 
 def ours(model: LanguageModel, pool: list[Problem], group: int, limit: int, turn: int) -> Row:
@@ -35,6 +39,12 @@ def ours(model: LanguageModel, pool: list[Problem], group: int, limit: int, turn
     lengths = [len(r.completion_ids) for r in rollouts]
     row = {"sampler": "headwater", "seconds": time.perf_counter() - start, "lengths": lengths}
     return row | {"prefilled": int(sampler.prefilled.tokens), "decoded": int(sampler.decoded.tokens)}
+
+
+def by_modules(model: LanguageModel, pool: list[Problem], group: int, limit: int, turn: int) -> Row:
+    """Our sampler without its own decoding: transformers' modules compute every step."""
+    with patch.object(Decoder, "fits", return_value=False):
+        return ours(model, pool, group, limit, turn) | {"sampler": "modules"}
 
 
 @torch.no_grad()
@@ -109,9 +119,10 @@ def main(given: list[str] | None = None) -> dict[str, list[Row]]:
         for limit in asked.limits:
             mean = asked.mean * limit
             model = build(shape, asked.vocab, dtype, device, trained=False, mean_length=mean)
-            found: dict[str, list[Row]] = {"headwater": [], "generate": []}
+            samplers = {"headwater": ours, "modules": by_modules, "generate": theirs}
+            found: dict[str, list[Row]] = {name: [] for name in samplers}
             for turn in range(asked.repeats + 1):  # the first warms up
-                for name, sampler in (("headwater", ours), ("generate", theirs)):
+                for name, sampler in samplers.items():
                     found[name].append(sampler(model, pool, asked.group, limit, turn))
             head = {"dtype": dtype, "rows": asked.problems * asked.group, "limit": limit}
             rows += [head | measured(model, turns[1:], pool, asked.group, reached) for turns in found.values()]

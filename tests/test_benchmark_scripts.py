@@ -59,8 +59,9 @@ def test_kernels(script, tmp_path: Path):
 
 def test_sampling(script):
     found = script("sampling").main(["--tiny", "--dtype", "float32"])["sampling"]
-    assert [row["sampler"] for row in found] == ["headwater", "generate"]
-    ours, theirs = found
+    assert [row["sampler"] for row in found] == ["headwater", "modules", "generate"]
+    ours, modules, theirs = found
+    assert modules["mean length"] == ours["mean length"]
     assert finite(ours) and finite(theirs) and 0 <= ours["idle"] < 1 and 0 <= theirs["idle"] < 1
     assert theirs["prefilled"] == 2 * ours["prefilled"]  # `generate` reads a prompt once for each of its completions
 

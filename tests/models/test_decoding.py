@@ -61,7 +61,7 @@ def roomy(model: Any) -> Any:
         ("qwen3", {"num_key_value_heads": 4}),
     ],
 )
-@pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-5), ("float64", 1e-5), ("bfloat16", 0.06)])
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-5), ("float64", 1e-5)])
 @torch.inference_mode()
 def test_tokens_one_by_one_are_those_of_the_modules(make_model, kind, settings, dtype, near):
     model = random_model(make_model(0), kind, dtype=dtype, **settings)
@@ -88,8 +88,6 @@ def test_tokens_one_by_one_are_those_of_the_modules(make_model, kind, settings, 
         theirs = _forward(model, token[:, None], seen, (lengths + step)[:, None], caches[1])
         assert ours.dtype == theirs.dtype and theirs.abs().max() > 1
         assert (ours - theirs).abs().max() / theirs.abs().max() < near
-    if dtype == "bfloat16":
-        return
     for mine, other in zip(caches[0].layers, caches[1].layers, strict=True):
         assert torch.allclose(mine.keys, other.keys, atol=near) and torch.allclose(mine.values, other.values, atol=near)
 
@@ -110,6 +108,7 @@ def test_what_the_decoder_does_not_compute_is_left_to_the_modules(make_model):
     assert not Decoder.fits(random_model(like, "mistral", sliding_window=None))
     assert not Decoder.fits(random_model(like, "llama", attention_bias=True))
     assert not Decoder.fits(random_model(like, "llama", mlp_bias=True))
+    assert not Decoder.fits(random_model(like, "llama", dtype="bfloat16"))
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
     assert not Decoder.fits(random_model(like, "llama", rope_parameters=dynamic))
     pytest.importorskip("peft")

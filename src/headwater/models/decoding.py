@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear, rms_norm
 from transformers import DynamicCache
 
 from headwater.models.language_model import LanguageModel
@@ -36,8 +36,10 @@ class Decoder:
     @staticmethod
     def fits(model: LanguageModel) -> bool:
         """Whether a model is of the family, on a CPU and as its authors wrote it: no adapters, no biases but those of
-        queries, keys and values."""
+        queries, keys and values. Not in bfloat16, where the modules are faster."""
         if model.device.type != "cpu" or model.module.config.model_type not in FAMILY:
+            return False
+        if model.module.dtype == torch.bfloat16:
             return False
         base: Any = model.base
         without_bias = [
@@ -64,7 +66,7 @@ class Decoder:
         the new one included."""
         hidden = self.base.embed_tokens(token)
         cos, sin = self.cos[positions, None], self.sin[positions, None]
-        shared = bias.expand(-1, self.base.config.num_key_value_heads, -1, -1).flatten(0, 1)
+        pairs = bias.expand(-1, self.base.config.num_key_value_heads, -1, -1).flatten(0, 1)
         layers: list[Any] = cache.layers  # Any: transformers types layers of other kinds too
         for layer, held in zip(self.base.layers, layers, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
@@ -77,7 +79,7 @@ class Decoder:
                 query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
             query, key = self._turned(query, cos, sin), self._turned(key, cos, sin)
             keys, values = held.update(key[:, :, None], value[:, :, None])
-            mixed = _attended(query, keys, values, bias, shared, attention.scaling)
+            mixed = _attended(query, keys, values, pairs, attention.scaling)
             hidden = torch.addmm(hidden, mixed, attention.o_proj.weight.T)
             normed = _norm(layer.post_attention_layernorm, hidden)
             gate, up = mlp.act_fn(linear(normed, mlp.gate_proj.weight)), linear(normed, mlp.up_proj.weight)
@@ -98,14 +100,10 @@ def _attended(
     query: Float[Tensor, "rows heads width"],
     keys: Float[Tensor, "rows shared keys width"],
     values: Float[Tensor, "rows shared keys width"],
-    bias: Float[Tensor, "rows 1 1 keys"],
-    shared: Float[Tensor, "pairs 1 keys"],
+    bias: Float[Tensor, "pairs 1 keys"],
     scale: float,
 ) -> Float[Tensor, "rows mixed"]:
-    """Attention of one query a row; `shared` is `bias` for every pair of a row and a head of keys."""
-    if query.dtype == torch.bfloat16:  # whose scores would be rounded between the products
-        how = {"scale": scale, "enable_gqa": True}
-        return scaled_dot_product_attention(query[:, :, None], keys, values, bias, **how).flatten(1)
-    several = query.reshape(len(shared), -1, query.shape[2])
-    scores = torch.baddbmm(shared, several, keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+    """Attention of one query a row; `bias` is for every pair of a row and a head of keys."""
+    several = query.reshape(len(bias), -1, query.shape[2])
+    scores = torch.baddbmm(bias, several, keys.flatten(0, 1).transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(len(query), -1)
