@@ -1,4 +1,4 @@
-"""One token a row through a decoder of Llama's family on a CPU, with a third of the operations of its modules."""
+"""One token a row through a decoder of Llama's family on a CPU, with fewer operations than its modules."""
 
 from __future__ import annotations
 
