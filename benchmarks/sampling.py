@@ -2,10 +2,10 @@
 
     python benchmarks/sampling.py                     # 15.7M Qwen3, 64 rows, limits of 64 and 256 tokens
 
-`modules`: our sampler with every step computed by transformers' modules, which `models.decoding` does on a CPU. `idle`:
-the share of tokens that were put through the model behind a completion's end. Floor: the larger of all weights read
-once a step at the speed of a copy, and the products that the prompts (once a group) and the drawn tokens need at the
-speed of a square product, both measured here.
+`modules`: our sampler with every step computed by transformers' modules, not by `rollouts.decoding` as small models on
+a CPU are. `idle`: the share of tokens that were put through the model behind a completion's end. Floor: the larger of
+all weights read once a step at the speed of a copy, and the products that the prompts (once a group) and the drawn
+tokens need at the speed of a square product, both measured here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from measure import SHAPES, TINY, Row, Scale, Shape, ceilings, report, synchroni
 from workload import END, PAD, STUDENT, build, problems, prompts
 
 from headwater import flops
-from headwater.models.decoding import Decoder
 from headwater.models.language_model import LanguageModel
+from headwater.rollouts.decoding import Decoder
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.types import Problem
 

@@ -72,6 +72,7 @@ WORKLOADS = {
     "vocabulary": Workload(vocab=151_936),
     "0.6B": Workload(SHAPES["0.6B"], SHAPES["1.7B"], 151_936, 256),
 }
+DTYPES = ("float32", "bfloat16", "pure bfloat16")
 TOY = Workload(Shape(32, 2, 2, 1, 64, True, 16), Shape(48, 2, 2, 1, 64, True, 16), 97, 8, 8, 2, 4)
 
 
@@ -329,7 +330,7 @@ def take_turns(jobs: list[Job], task: Row, pythons: dict[str, str], warmups: int
 
 
 def grid(side: str, method: str, directory: str, work: Workload, asked: argparse.Namespace) -> list[Job]:
-    dtypes = ["float32", "bfloat16"] + ["pure bfloat16"] * (side == "trl")
+    dtypes = [d for d in asked.dtypes if side == "trl" or d != "pure bfloat16"]
     batches = sorted({min(b, work.rows) for b in asked.batches}) if side == "trl" else asked.tokens
     choices = itertools.product(dtypes, asked.threads, batches)
     return [Job(side, method, directory, dtype, threads, batch) for dtype, threads, batch in choices]
@@ -377,15 +378,20 @@ def compare(name: str, work: Workload, method: str, asked: argparse.Namespace) -
         texts = prompts(8 * work.problems, work.prompt, work.vocab)
         (Path(directory) / "prompts.json").write_text(json.dumps(texts))
         task: Row = {"work": asdict(work)}
-        tried: dict[Job, float] = {}
+        head = {"workload": name, "method": method}
+        tried: dict[Job, Row] = {}
         for side in pythons:
             for job in grid(side, method, directory, work, asked):
                 (rows,) = take_turns([job], task, pythons, 1, asked.grid_steps)
-                tried[job] = statistics.median(row["seconds"] for row in rows)
-                print(f"{name} {method}: {job.name}: {tried[job]:.3g} s", flush=True)
+                tried[job] = head | described(job, rows)
+                print(f"{name} {method}: {job.name}: {tried[job]['seconds']:.3g} s", flush=True)
+        if not asked.repeats:
+            return {"grid": list(tried.values())}
 
         def best(side: str, dtype: str | None = None) -> Job:
-            return min((j for j in tried if j.side == side and dtype in (None, j.dtype)), key=lambda j: tried[j])
+            return min(
+                (j for j in tried if j.side == side and dtype in (None, j.dtype)), key=lambda j: tried[j]["seconds"]
+            )
 
         plans = {dtype: (best("headwater", dtype), best("trl", dtype)) for dtype in ("float32", "bfloat16")}
         plans["best against best"] = (best("headwater"), best("trl"))
@@ -394,9 +400,8 @@ def compare(name: str, work: Workload, method: str, asked: argparse.Namespace) -
         jobs.append(replace(plans["float32"][1], checkpointing=True))
         found = dict(zip(jobs, take_turns(jobs, task, pythons, 1, asked.repeats), strict=True))
         plans["float32, TRL checkpointing"] = (plans["float32"][0], jobs[-1])
-    head = {"workload": name, "method": method}
     return {
-        "grid": [head | {"who": job.name, "seconds": seconds} for job, seconds in tried.items()],
+        "grid": list(tried.values()),
         "steps": [head | described(job, rows) for job, rows in found.items()],
         "ratios": [head | compared((o, found[o]), (t, found[t]), what) for what, (o, t) in plans.items()],
     }
@@ -456,7 +461,8 @@ def main(given: list[str] | None = None) -> dict[str, list[Row]]:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384], help="our tokens of a micro-batch")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--grid-steps", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the grid")
+    parser.add_argument("--repeats", type=int, default=5, help="turns; 0: the grid alone")
     parser.add_argument("--losses", action="store_true", help="equal losses only")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to check the code")
     parser.add_argument("--out", type=Path)

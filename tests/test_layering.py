@@ -134,4 +134,4 @@ def test_help_and_bad_recipes_answer_without_torch():
 def test_sizes():
     lines = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
     assert {m: n for m, n in lines.items() if n > 400} == {}
-    assert sum(lines.values()) <= 18_150
+    assert sum(lines.values()) <= 18_420

@@ -259,3 +259,5 @@ def set_deterministic(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # A help in finding reads of memory that nobody wrote, at the price of writing all of it twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore -- set through the module's class

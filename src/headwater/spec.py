@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from headwater.config import Evaluation, Frozen, MethodConfig, ModelConfig, Probe, canonical
 
-REVISIONS = {"grpo": 6, "warmup": 4, "distill": 5, "sft": 5, "joint": 6, "evaluate": 5, "probe": 5}
+REVISIONS = {"grpo": 7, "warmup": 5, "distill": 6, "sft": 6, "joint": 7, "evaluate": 6, "probe": 6}
 """Raised when a method's numbers change for the same specification; a golden trajectory fails until it is."""
 EVALUATED_AT_ONCE = 512
 """Rollouts of an evaluation between two writes: so many that a few long ones do not run alone for long."""

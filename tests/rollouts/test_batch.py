@@ -95,14 +95,14 @@ def test_layout_with_a_shared_prefix_by_hand():
     assert micro.targets.tolist() == [1, 2, 3, 4, 1]
 
 
-def test_prefixes_are_shared_only_where_it_saves_a_quarter():
+def test_prefixes_are_shared_only_where_it_saves_a_tenth():
     def tokens(prompt: int, completion: int) -> tuple[bool, int]:
         batch = Batch([list(range(prompt))] * 4, [[1] * completion] * 4)
         (micro,) = micro_batches(batch, max_tokens=10_000, share=True)
         return micro.prefixes is not None, micro.ids.numel()
 
-    assert tokens(9, 19) == (True, 76)  # 8 + 76 of 112
-    assert tokens(9, 20) == (False, 116)  # 8 + 80 of 116, over three quarters
+    assert tokens(9, 61) == (True, 244)  # 8 + 244 of 280
+    assert tokens(9, 62) == (False, 284)  # 8 + 248 of 284, over nine tenths
     assert tokens(1, 1) == (False, 8)
 
 

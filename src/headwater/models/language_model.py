@@ -26,6 +26,7 @@ from headwater.config import LoRA, ModelConfig, Served
 from headwater.flops import Shape, shape_of
 from headwater.models import template
 from headwater.models.attention import CPU_ATTENTION
+from headwater.models.lean import make_lean
 from headwater.models.lora import add_adapters, check_installed, without_adapters
 from headwater.types import Message
 
@@ -200,6 +201,8 @@ def load_model(
     if not spread:
         module = module.to(torch.device(device))  # pyright: ignore[reportArgumentType] -- typed for modules of its own
     module = module.eval().requires_grad_(trained)
+    if attention == CPU_ATTENTION:
+        make_lean(module)
     if checkpoint_activations:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     model = wrap(module, tokenizer, config)

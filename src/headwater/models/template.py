@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -129,6 +130,7 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # pyright: ignore -- typed for batches too
 
 
+@lru_cache(maxsize=8)
 def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that the tokenizer puts before every text: the BOS, where it has that habit."""
     ids, bare = list(tokenizer("a")["input_ids"]), plain(tokenizer, "a")  # pyright: ignore -- as above

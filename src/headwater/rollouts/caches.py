@@ -21,7 +21,7 @@ class RoomyLayer(DynamicLayer):
         used = held[0].shape[2]
         need = used + key_states.shape[2]
         if self.room is None or len(self.room[0]) != len(held[0]) or self.room[0].shape[2] < need:
-            self.room = [_moved(x, need + max(64, used // 4)) for x in held]
+            self.room = [_moved(x, need + max(16, used // 4)) for x in held]
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room.narrow(2, used, need - used).copy_(new)
         self.keys, self.values = (room.narrow(2, 0, need) for room in self.room)

@@ -28,37 +28,40 @@ def draw(
         logprobs = logits.float().log_softmax(-1)
         token = logprobs.argmax(-1)
         return token, logprobs.gather(1, token[:, None]).squeeze(1)
-    if not (top_k or top_p < 1) and logits.shape[1] > SMALL_VOCAB:
-        # On a CPU some rows at a time, so that each pass finds them in the cache.
-        lot = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-        drawn = [
-            _draw_in_blocks(*part, temperature) for part in zip(logits.split(lot), uniform.split(lot), strict=True)
-        ]
-        return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    probs = logprobs.double().exp()
     if top_k or top_p < 1:
-        probs = _truncate(probs, top_p, top_k)
-    token = _invert(probs.cumsum(-1), uniform.double()[:, None])
-    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+        logprobs = (logits.float() / temperature).log_softmax(-1)
+        probs = _truncate(logprobs.double().exp(), top_p, top_k)
+        token = _invert(probs.cumsum(-1), uniform.double()[:, None])
+        return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+    # On a CPU some rows at a time, so that each pass finds them in the cache.
+    lot = CACHED // logits.shape[1] + 1 if logits.device.type == "cpu" else len(logits)
+    if len(logits) <= lot:
+        return _draw(logits, uniform, temperature)
+    drawn = [_draw(*part, temperature) for part in zip(logits.split(lot), uniform.split(lot), strict=True)]
+    return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
 
 
-def _draw_in_blocks(
+def _draw(
     logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"], temperature: float
 ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """As `draw`, with float64 only for the sums of blocks of tokens and within the block that is hit."""
+    """As `draw`, with float64 only for sums: of all tokens where they are few, else of blocks of them and within the
+    block that is hit."""
     top = logits.amax(1, keepdim=True).float()
     weights = logits.float() - top
     weights = (weights if temperature == 1 else weights.div_(temperature)).exp_()
-    weights = pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
-    ends = weights.sum(2).double().cumsum(1)
-    share, total = uniform.double()[:, None], ends[:, -1:]
-    block = _invert(ends, share)
-    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(1)
-    token = block * BLOCK + _invert(inside, (share * total - before) / inside[:, -1:])
+    share = uniform.double()[:, None]
+    if logits.shape[1] <= SMALL_VOCAB:
+        ends = weights.cumsum(1, dtype=torch.float64)
+        token, total = _invert(ends, share), ends[:, -1:]
+    else:
+        weights = pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+        ends = weights.sum(2).double().cumsum(1)
+        block, total = _invert(ends, share), ends[:, -1:]
+        before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+        inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(1)
+        token = block * BLOCK + _invert(inside, (share * total - before) / inside[:, -1:])
     logprob = (logits.gather(1, token).float() - top).double() / temperature - total.log()
-    return token.squeeze(1), logprob.squeeze(1).float()
+    return token[:, 0], logprob[:, 0].float()
 
 
 def _invert(cumulative: Float[Tensor, "batch places"], uniform: Float[Tensor, "batch 1"]) -> Int[Tensor, "batch 1"]:

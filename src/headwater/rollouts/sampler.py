@@ -18,11 +18,11 @@ from transformers.cache_utils import DynamicLayer
 from headwater import flops
 from headwater.flops import Work
 from headwater.mesh import Mesh
-from headwater.models.decoding import Decoder
 from headwater.models.language_model import ATTENTION, LanguageModel
 from headwater.models.template import ends_in_stop, stop_length
 from headwater.rollouts import streams
 from headwater.rollouts.caches import RoomyLayer, Slots
+from headwater.rollouts.decoding import Decoder
 from headwater.rollouts.draw import draw
 from headwater.types import Problem, Rollout
 
@@ -124,12 +124,20 @@ class TransformersSampler:
             read += flops.padded_work(1, shared)
         seen = mask[:, : shared + width]
         hidden = _forward(model, ids, seen, (seen.cumsum(1) - 1)[:, shared:].clamp(min=0), cache)
-        cache.batch_repeat_interleave(group)
-        hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
-        lengths = lengths.repeat_interleave(group)
-        start = _Start(hidden, mask, lengths, cache, keys)
-        decode = _replay if replayable else _step_by_step
-        tokens, logprobs, count, work = decode(model, start, sampling)
+        hidden = hidden.repeat_interleave(group, 0)
+        if plain and not replayable and Decoder.fits(model):
+            reader = Decoder(model, cache, seen, group, sampling.max_new_tokens)
+            drawn = _step_by_step(model, reader, hidden, keys, sampling)
+        else:
+            cache.batch_repeat_interleave(group)
+            mask, lengths = mask.repeat_interleave(group, 0), lengths.repeat_interleave(group)
+            if replayable:
+                drawn = _replay(model, _Start(hidden, mask, lengths, cache, keys), sampling)
+            else:
+                # Made once: transformers would make it of a mask anew for every token.
+                reader = _Modules(model, cache, _bias(mask, hidden.dtype) if plain else mask, lengths, shared + width)
+                drawn = _step_by_step(model, reader, hidden, keys, sampling)
+        tokens, logprobs, count, work = drawn
         prompts = [prompt for prompt in prompts for _ in range(group)]
         return self._rollouts(places, prompts, tokens.tolist(), logprobs.tolist(), count.tolist()), read, work
 
@@ -174,29 +182,51 @@ class _Start:
     keys: np.ndarray
 
 
-def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Work]:
-    """Tokens and log-probs [rows, limit], how many of each row count, and the work."""
-    hidden, mask, lengths, cache = start.hidden, start.mask, start.lengths, start.cache
-    limit, rows, device = sampling.max_new_tokens, len(start.keys), hidden.device
-    width = mask.shape[1] - limit
-    eos = torch.tensor(model.eos_ids, device=device)
-    uniform = _uniforms(start.keys, range(limit), torch.device("cpu"))
-    tokens = torch.zeros(rows, limit, dtype=torch.long)
-    logprobs = torch.zeros(rows, limit, dtype=torch.float32)
+class _Modules:
+    """One more token a row through the model as transformers wrote it; `mask` [rows, ..., width + limit] may be a bias,
+    and `seen` slots of it are filled."""
+
+    def __init__(self, model: LanguageModel, cache: DynamicCache, mask: Tensor, lengths: Tensor, seen: int) -> None:
+        self.model, self.cache, self.mask, self.places, self.seen = model, cache, mask, lengths, seen
+
+    def step(self, token: Tensor) -> Tensor:
+        """Last hidden states [rows, hidden] behind `token` [rows]."""
+        self.seen += 1
+        mask, places, self.places = self.mask[..., : self.seen], self.places[:, None], self.places + 1
+        return _forward(self.model, token[:, None], mask, places, self.cache)
+
+    @property
+    def pairs(self) -> int:
+        """Of queries and keys, in a layer's last step."""
+        return len(self.places) * self.seen
+
+    def keep(self, rows: Tensor) -> None:
+        self.mask, self.places = self.mask[rows], self.places[rows]
+        self.cache.batch_select_indices(rows)
+
+
+def _step_by_step(
+    model: LanguageModel, reader: Decoder | _Modules, hidden: Tensor, keys: np.ndarray, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor, Work]:
+    """After prompts whose last states are `hidden` [rows, hidden]: tokens and log-probs [rows, limit], how many of each
+    row count, and the work."""
+    limit, rows, device = sampling.max_new_tokens, len(keys), hidden.device
+    eos = torch.tensor(model.eos_ids)
+    uniform = _uniforms(keys, range(limit), torch.device("cpu"))
+    tokens = torch.zeros(limit, rows, dtype=torch.long)
+    logprobs = torch.zeros(limit, rows, dtype=torch.float32)
     alive = torch.arange(rows)  # rows of the output that each row of the batch writes
     running = torch.ones(rows, dtype=torch.bool)  # of the rows of the batch
     work = Work()
-    decoder = None
-    if all(type(layer) is RoomyLayer for layer in cache.layers):
-        mask = _bias(mask, hidden.dtype)  # which transformers would make of it anew for every token
-        decoder = Decoder(model, int(lengths.max()) + limit) if Decoder.fits(model) else None
     for position in range(limit):
-        token, logprob = _draw(model, hidden, uniform[position, alive].to(device), sampling)
-        tokens[alive, position], logprobs[alive, position] = token.cpu(), logprob.cpu()
+        token, logprob = _draw(model, hidden, uniform[position].to(device), sampling)
+        here = token.cpu()
+        tokens[position].index_copy_(0, alive, here)
+        logprobs[position].index_copy_(0, alive, logprob.cpu())
         work += Work(logits=len(alive))
-        running &= ~torch.isin(token, eos).cpu()
+        running &= (here[:, None] != eos).all(1)
         if model.config.stop:
-            texts = tokens[alive, : position + 1].tolist()
+            texts = tokens[: position + 1, alive].T.tolist()
             running &= torch.tensor([not ends_in_stop(model.tokenizer, ids, model.config.stop) for ids in texts])
         num_running = int(running.sum())
         if not num_running or position + 1 == limit:
@@ -204,16 +234,12 @@ def _step_by_step(model: LanguageModel, start: _Start, sampling: Sampling) -> tu
         # Leaving costs a copy of the cache: rows leave in lots of a quarter.
         if num_running <= 0.75 * len(alive):
             index = running.nonzero().squeeze(1)
-            alive, running, index = alive[index], running[index], index.to(device)
-            token, mask, lengths = token[index], mask[index], lengths[index]
-            cache.batch_select_indices(index)
-        seen = width + position + 1
-        places = lengths + position
-        if decoder is None:
-            hidden = _forward(model, token[:, None], mask[..., :seen], places[:, None], cache)
-        else:
-            hidden = decoder.step(token, places, mask[..., :seen], cache)
-        work += Work(len(alive), len(alive) * seen)
+            alive, running, uniform = alive[index], running[index], uniform[:, index]
+            token = token[index.to(device)]
+            reader.keep(index.to(device))
+        hidden = reader.step(token)
+        work += Work(len(alive), reader.pairs)
+    tokens, logprobs = tokens.T.contiguous(), logprobs.T.contiguous()
     return tokens, logprobs, _counts(model, tokens), work
 
 

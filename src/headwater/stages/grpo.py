@@ -217,11 +217,13 @@ def group_batch(settings: GRPO, groups: list[Group]) -> tuple[Batch, torch.Tenso
         penalty = soft_overlong_penalty(lengths, settings.max_new_tokens, settings.overlong_buffer)
         credited = rewards + penalty.view_as(rewards)
     advantages = group_advantages(credited, normalise=settings.advantage).flatten()
+    counts, ended = lengths.tolist(), torch.tensor([r.finished for r in rollouts])
+    sampler = torch.tensor([x for r in rollouts for x in r.sampler_logprobs])
     batch = Batch.of(
         rollouts,
-        advantages=[a.repeat(int(n)) for a, n in zip(advantages, lengths, strict=True)],
-        sampler=[torch.tensor(r.sampler_logprobs) for r in rollouts],
-        finished=[torch.full((len(r.completion_ids),), r.finished) for r in rollouts],
+        advantages=list(advantages.repeat_interleave(lengths).split(counts)),
+        sampler=list(sampler.split(counts)),
+        finished=list(ended.repeat_interleave(lengths).split(counts)),
     )
     return batch, rewards
 

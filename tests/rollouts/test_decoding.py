@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from headwater.config import LoRA
-from headwater.models.decoding import FAMILY, Decoder
 from headwater.models.language_model import adapt, wrap
 from headwater.rollouts.caches import RoomyLayer
-from headwater.rollouts.sampler import Sampling, TransformersSampler, _bias, _forward
+from headwater.rollouts.decoding import FAMILY, FEW, Decoder
+from headwater.rollouts.sampler import Sampling, TransformersSampler, _bias, _forward, _Modules
 
 SIZES = {
     "vocab_size": 320,
@@ -45,9 +45,10 @@ def random_model(like: Any, kind: str, *, dtype: str = "float32", **settings: An
     return wrap(module, like.tokenizer, like.config.model_copy(update={"dtype": dtype}))
 
 
-def roomy(model: Any) -> Any:
+def prefilled(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
     cache: Any = DynamicCache(config=model.module.config)
     cache.layers = [RoomyLayer() for _ in cache.layers]
+    _forward(model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
     return cache
 
 
@@ -64,42 +65,41 @@ def roomy(model: Any) -> Any:
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-5), ("float64", 1e-5)])
 @torch.inference_mode()
 def test_tokens_one_by_one_are_those_of_the_modules(make_model, kind, settings, dtype, near):
+    """Three prompts of unlike lengths, three rows each; rows leave, and then all of one prompt."""
     model = random_model(make_model(0), kind, dtype=dtype, **settings)
     assert Decoder.fits(model)
-    rows, width, steps = 5, 7, 12
-    mask = torch.ones(rows, width + steps, dtype=torch.long)
-    mask[1, :3], mask[4, :6] = 0, 0
-    ids, bias = torch.randint(0, 300, (rows, width)), _bias(mask, getattr(torch, dtype))
-    caches, lengths = [], mask[:, :width].sum(1)
-    for _ in range(2):
-        cache = roomy(model)
-        places = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-        _forward(model, ids, mask[:, :width], places, cache)
-        caches.append(cache)
-    decoder = Decoder(model, int(lengths.max()) + steps)
+    group, width, steps = 3, 7, 40
+    assert steps > FEW
+    mask = torch.ones(3, width, dtype=torch.long)
+    mask[0, :3], mask[2, :6] = 0, 0
+    ids = torch.randint(0, 300, (3, width))
+    decoder = Decoder(model, prefilled(model, ids, mask), mask, group, steps)
+    whole = torch.cat([mask, mask.new_ones(3, steps)], 1).repeat_interleave(group, 0)
+    cache = prefilled(model, ids, mask)
+    cache.batch_repeat_interleave(group)
+    bias, lengths = _bias(whole, getattr(torch, dtype)), mask.sum(1).repeat_interleave(group)
+    modules = _Modules(model, cache, bias, lengths, width)
+    rows, leaving = 3 * group, {6: [0, 1, 4, 6, 7, 8], 12: [0, 1, 3, 5], 18: [3], 24: [0]}
     for step in range(steps):
-        if step == 6:  # rows leave
-            kept = torch.tensor([0, 1, 4])
-            bias, lengths = bias[kept], lengths[kept]
-            for cache in caches:
-                cache.batch_select_indices(kept)
-        token, seen = torch.randint(0, 300, (len(lengths),)), bias[..., : width + step + 1]
-        ours = decoder.step(token, lengths + step, seen, caches[0])
-        theirs = _forward(model, token[:, None], seen, (lengths + step)[:, None], caches[1])
+        if step in leaving:
+            for reader in (decoder, modules):
+                reader.keep(torch.tensor(leaving[step]))
+            rows = len(leaving[step])
+        token = torch.randint(0, 300, (rows,))
+        ours, theirs = decoder.step(token), modules.step(token)
         assert ours.dtype == theirs.dtype and theirs.abs().max() > 1
         assert (ours - theirs).abs().max() / theirs.abs().max() < near
-    for mine, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert torch.allclose(mine.keys, other.keys, atol=near) and torch.allclose(mine.values, other.values, atol=near)
 
 
-def test_weights_are_read_where_they_are(make_model):
-    """So an optimizer's step needs no new decoder to be seen."""
+def test_a_prompt_is_kept_once_for_all_of_its_rows(make_model):
     model = random_model(make_model(0), "qwen3")
-    decoder, one, bias = Decoder(model, 8), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, 1, 1)
-    before = decoder.step(one, one, bias, roomy(model))
-    for layer in model.module.model.layers:
-        layer.mlp.down_proj.weight.mul_(2)
-    assert not torch.allclose(before, decoder.step(one, one, bias, roomy(model)))
+    mask = torch.ones(2, 5, dtype=torch.long)
+    decoder = Decoder(model, prefilled(model, torch.randint(0, 300, (2, 5)), mask), mask, 4, 8)
+    decoder.step(torch.arange(8))
+    heads, width = SIZES["num_key_value_heads"], SIZES["head_dim"]
+    assert decoder.prompts[0][0].shape == (2 * heads, 5, width)
+    decoder.keep(torch.tensor([5, 6]))
+    assert decoder.prompts[0][0].shape == (heads, 5, width) and len(decoder.own[0].keys) == 2  # pyright: ignore -- None until the first token
 
 
 def test_what_the_decoder_does_not_compute_is_left_to_the_modules(make_model):
@@ -111,6 +111,7 @@ def test_what_the_decoder_does_not_compute_is_left_to_the_modules(make_model):
     assert not Decoder.fits(random_model(like, "llama", dtype="bfloat16"))
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
     assert not Decoder.fits(random_model(like, "llama", rope_parameters=dynamic))
+    assert not Decoder.fits(random_model(like, "llama", vocab_size=1 << 20, hidden_size=64, num_attention_heads=2))
     pytest.importorskip("peft")
     assert not Decoder.fits(adapt(random_model(like, "llama"), LoRA(rank=2), 0))
 
