@@ -212,8 +212,13 @@ def _master(weight: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Paramete
 
     def collect(param: Tensor) -> None:
         assert param.grad is not None
-        gradient = param.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        if master.grad is None:
+            master.grad = param.grad.float()
+        elif param.is_cuda or param.ndim < 2:
+            master.grad += param.grad
+        else:  # on a CPU torch would widen the whole of what it adds
+            for total, part in zip(master.grad.split(8192), param.grad.split(8192), strict=True):
+                total += part
         param.grad = None
 
     weight.register_post_accumulate_grad_hook(collect)
