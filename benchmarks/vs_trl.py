@@ -380,12 +380,12 @@ def compare(name: str, work: Workload, method: str, asked: argparse.Namespace) -
         task: Row = {"work": asdict(work)}
         head = {"workload": name, "method": method}
         tried: dict[Job, Row] = {}
-        for side in pythons:
+        for side in asked.sides:
             for job in grid(side, method, directory, work, asked):
                 (rows,) = take_turns([job], task, pythons, 1, asked.grid_steps)
                 tried[job] = head | described(job, rows)
                 print(f"{name} {method}: {job.name}: {tried[job]['seconds']:.3g} s", flush=True)
-        if not asked.repeats:
+        if not asked.repeats or len(asked.sides) < len(pythons):
             return {"grid": list(tried.values())}
 
         def best(side: str, dtype: str | None = None) -> Job:
@@ -462,7 +462,8 @@ def main(given: list[str] | None = None) -> dict[str, list[Row]]:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--grid-steps", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the grid")
-    parser.add_argument("--repeats", type=int, default=5, help="turns; 0: the grid alone")
+    parser.add_argument("--sides", nargs="+", choices=("headwater", "trl"), default=["headwater", "trl"])
+    parser.add_argument("--repeats", type=int, default=5, help="turns; 0, or one of the sides: the grid alone")
     parser.add_argument("--losses", action="store_true", help="equal losses only")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to check the code")
     parser.add_argument("--out", type=Path)
@@ -473,8 +474,10 @@ def main(given: list[str] | None = None) -> dict[str, list[Row]]:
     works = {name: WORKLOADS[name] for name in asked.workloads}
     if asked.tiny:
         works, asked.batches, asked.threads, asked.repeats = {"tiny": TOY}, [4], [1], 1
-    results: dict[str, list[Row]] = {"losses": [row for m in asked.methods for row in losses(m, asked.trl_python)]}
-    print(table("losses", results["losses"]), flush=True)
+    results: dict[str, list[Row]] = {}
+    if len(asked.sides) > 1:
+        results["losses"] = [row for method in asked.methods for row in losses(method, asked.trl_python)]
+        print(table("losses", results["losses"]), flush=True)
     for name, work in () if asked.losses else works.items():
         for method in asked.methods:
             for part, rows in compare(name, work, method, asked).items():
