@@ -16,7 +16,7 @@ from headwater.models.language_model import LanguageModel
 from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
 from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
-from headwater.stages.common import dense_loss
+from headwater.stages.common import dense_loss, scored_by
 from headwater.stages.distill import sampled_loss
 from headwater.stages.grpo import policy_loss, weigh
 from headwater.stages.sft import token_loss
@@ -440,8 +440,10 @@ def test_bfloat16_weights_are_rounded_float32_masters(make_model):
         assert parameter.dtype == torch.float32 and torch.equal(parameter, optimizer.masters[name])
 
 
-def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(make_model):
+@pytest.mark.parametrize("lot", [7, 8192])
+def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(make_model, monkeypatch, lot: int):
     """The masters receive exactly the float32 sum of the rounded gradient of every micro-batch."""
+    monkeypatch.setattr("headwater.update.WIDENED", lot)
     model = make_model(0, stops=(), compute="bfloat16")
     optimizer = AdamW(model, SETTINGS)
     wanted = {name: torch.zeros_like(master) for name, master in optimizer.masters.items()}
@@ -460,6 +462,18 @@ def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(make_model):
     for name, master in optimizer.masters.items():
         got = optimizer.inner.state[master]["exp_avg"] / 0.2
         torch.testing.assert_close(got, wanted[name], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_teacher_is_asked_before_the_students_activations_exist(make_model, monkeypatch, tmp_path, early: bool):
+    """What it needs for a moment is then not beside them."""
+    model, teacher = make_model(0, stops=()), make_model(1, stops=(), trained=False)
+    run, hidden, asked = StageRun(tmp_path, execution=EXECUTION), LanguageModel.hidden, []
+    loss = other_losses(model, teacher, float(sum(LENGTHS)), tmp_path)["reverse_kl"]
+    monkeypatch.setattr(LanguageModel, "hidden", lambda m, *given: asked.append(m is teacher) or hidden(m, *given))
+    rows, how = CUTS["two"](make_batch(model.vocab_size)), {"before": scored_by(teacher, run)} if early else {}
+    found = update(model, AdamW(model, SETTINGS), rows, loss, lr=1e-3, max_grad_norm=1.0, mesh=Mesh(), **how)
+    assert asked == [early, not early] * len(rows) and len(rows) > 1 and found["optim/grad_norm"] > 0
 
 
 def test_restored_state_goes_on_bit_for_bit(make_model):

@@ -31,6 +31,10 @@ Loss = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "rows hidden"], M
 """Hidden states that predict the targets, the padded LM head, the micro-batch -> loss terms and metrics."""
 
 
+WIDENED = 8192
+"""Rows of a bfloat16 gradient at a time that a CPU adds to float32: torch widens the whole of what it adds."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient was NaN or infinite; `micro_batches` are what the step saw."""
 
@@ -130,12 +134,14 @@ def update(
     max_grad_norm: float,
     mesh: Mesh,
     still: Sequence[MicroBatch] = (),
+    before: Callable[[MicroBatch], MicroBatch] = lambda micro: micro,
 ) -> dict[str, float]:
     """Gradient of sum_terms coef x (sum over all micro-batches and ranks) / denominator, clipped by global norm, then
     one step.
 
     The result does not depend on how rows were cut into micro-batches and dealt to ranks; a rank may have none. `still`
-    are known to have no gradient: they count in loss and metrics, without a backward pass. Where the gradient is
+    are known to have no gradient: they count in loss and metrics, without a backward pass. `before` may add fields to a
+    micro-batch when its turn comes, while the model's activations do not exist. Where the gradient is
     exactly 0 (no trained token, or only groups of equal rewards) nothing is learned: weights and optimizer state stay
     as they are.
     Raises NonFiniteError, on every rank and before the weights change, when a loss or the gradient is not finite.
@@ -149,6 +155,7 @@ def update(
     model.module.train(model.checkpoint_activations or dropout)
     value, failed = torch.zeros((), dtype=torch.float64), []
     for micro, learns in [*((m, True) for m in micro_batches), *((m, False) for m in still)]:
+        micro = before(micro)
         with torch.set_grad_enabled(learns):
             hidden = states(model, micro)
             terms, observed = loss(hidden, model.padded_head, micro)
@@ -214,10 +221,9 @@ def _master(weight: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Paramete
         assert param.grad is not None
         if master.grad is None:
             master.grad = param.grad.float()
-        elif param.is_cuda or param.ndim < 2:
-            master.grad += param.grad
-        else:  # on a CPU torch would widen the whole of what it adds
-            for total, part in zip(master.grad.split(8192), param.grad.split(8192), strict=True):
+        else:
+            lot = len(param) if param.is_cuda else WIDENED
+            for total, part in zip(master.grad.split(lot), param.grad.split(lot), strict=True):
                 total += part
         param.grad = None
 

@@ -1,5 +1,8 @@
 """Norms and gated layers with their own backward passes: gradients, transformers' values, and what is kept."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -93,3 +96,15 @@ def test_models_loaded_on_a_cpu_are_lean():
     module = load_model(config, fetch(config.source)).module
     changed = [type(part).__name__ for part in module.modules() if "forward" in vars(part)]
     assert changed.count("Qwen3RMSNorm") == 3 * 4 + 1 and changed.count("Qwen3MLP") == 3
+
+
+def test_prepared_products_are_not_kept_by_the_thousand():
+    """Half a megabyte for every shape of a bfloat16 product, and shapes are new every step; what a user sets stays."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    program = f"import os, headwater; print(*(os.environ[name] for name in {names}))"
+    own = {name: value for name, value in os.environ.items() if name not in names}
+    for given, wanted in (({}, "16 16"), ({names[0]: "99"}, "99 16")):
+        out = subprocess.run(
+            [sys.executable, "-c", program], env=own | given, capture_output=True, text=True, check=True
+        )
+        assert out.stdout.split() == wanted.split()

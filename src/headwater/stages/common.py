@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from headwater.rollouts.served import ServedSampler, sampler_for
 from headwater.rollouts.synced import SyncedSampler
 from headwater.run import StageRun
 from headwater.scoring.log_probs import View, hidden_scores, score_tokens, stored_scores
+from headwater.scoring.scores import HiddenScores
 from headwater.types import Grade, Problem, Rollout, Verdict
 from headwater.update import Loss, Term
 
@@ -160,8 +161,11 @@ def dense_loss(
         raise ValueError(f"{kind} is a policy gradient on drawn tokens, not a divergence over the vocabulary")
 
     def loss(hidden: torch.Tensor, head: torch.Tensor, micro: MicroBatch):
-        with run.meter.timed("scored"):
-            scores = stored_scores(micro, settings.temperature) if teacher is None else hidden_scores(teacher, micro)
+        if teacher is None:
+            scores = stored_scores(micro, settings.temperature)
+        else:
+            given = micro if "teacher_hidden" in micro.fields else scored_by(teacher, run)(micro)
+            scores = HiddenScores(given.fields["teacher_hidden"], teacher.padded_head.to(hidden.device))
         total, _, metrics = dense_divergence(
             hidden,
             head,
@@ -176,6 +180,18 @@ def dense_loss(
         return [Term(total, denominator)], metrics
 
     return loss
+
+
+def scored_by(teacher: LanguageModel | None, run: StageRun) -> Callable[[MicroBatch], MicroBatch]:
+    """Adds the teacher's hidden states to a micro-batch, as field `teacher_hidden`; without a teacher nothing."""
+
+    def score(micro: MicroBatch) -> MicroBatch:
+        if teacher is None:
+            return micro
+        with run.meter.timed("scored"):
+            return replace(micro, fields={**micro.fields, "teacher_hidden": hidden_scores(teacher, micro).hidden})
+
+    return score
 
 
 def teacher_rollouts(

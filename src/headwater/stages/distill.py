@@ -27,6 +27,7 @@ from headwater.stages.common import (
     dense_loss,
     mismatch_metrics,
     rollout_metrics,
+    scored_by,
     student_sampler,
 )
 from headwater.stages.spans import Pair, aligned, span_loss, with_scores
@@ -83,6 +84,7 @@ def train(
         mine, scored = batch.shard(mesh), batch
         dense = settings.divergence in EXACT
         view = View(settings.temperature, ex.micro_batch_tokens, ex.chunk_tokens)
+        seen_whole = None  # the teacher whose hidden states the loss takes
         if pair is not None:
             rows = aligned(pair, rollouts, drawn, sampled_by="student")
             with run.meter.timed("scored"):
@@ -100,13 +102,14 @@ def train(
                 mine = top_k_scores(teacher, mine, k, view)
             loss = dense_loss(settings, None, student.vocab_size, denominator, run)
         else:
-            loss = dense_loss(settings, teacher, student.vocab_size, denominator, run)
+            loss, seen_whole = dense_loss(settings, teacher, student.vocab_size, denominator, run), teacher
         share = student.shares_prefixes and (teacher is None or teacher.shares_prefixes)
         micros = micro_batches(mine, max_tokens=ex.micro_batch_tokens, device=student.device, share=share)
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
-            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
+            before = scored_by(seen_whole, run)
+            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh, before=before)
         if teacher is not None:
             count_scored(run, teacher, scored, None if settings.stored_top_k or not dense else micros)
         count_trained(run, student, batch, micros, DENSE if dense else SPARSE)

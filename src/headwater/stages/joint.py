@@ -22,6 +22,7 @@ from headwater.stages.common import (
     dense_loss,
     rollout_metrics,
     rows_of,
+    scored_by,
     student_sampler,
 )
 from headwater.stages.grpo import group_batch, policy_loss, reward_metrics, sample_groups, weigh
@@ -72,7 +73,8 @@ def train(
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
             loss = joint_loss(dense, sparse, settings.reward_weight)
-            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
+            before = scored_by(teacher, run)
+            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh, before=before)
         count_scored(run, teacher, batch, micros)
         count_trained(run, student, batch, micros, DENSE + (SPARSE if settings.ratio == "sequence" else DENSE))
 

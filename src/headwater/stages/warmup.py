@@ -20,6 +20,7 @@ from headwater.stages.common import (
     count_trained,
     dense_loss,
     rollout_metrics,
+    scored_by,
     teacher_rollouts,
 )
 from headwater.stages.spans import Pair, aligned, span_loss, with_scores
@@ -80,7 +81,8 @@ def train(
         with run.meter.timed("trained"), run.guarded():
             lr = learning_rate(settings.optimizer, step, settings.steps)
             clip = settings.optimizer.max_grad_norm
-            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh)
+            before = scored_by(None if k or pair else teacher, run)
+            metrics = update(student, optimizer, micros, loss, lr=lr, max_grad_norm=clip, mesh=mesh, before=before)
         count_trained(run, student, batch, micros, DENSE)
         if not k:
             count_scored(run, teacher, batch, micros)
