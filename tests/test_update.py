@@ -471,8 +471,10 @@ def test_the_teacher_is_asked_before_the_students_activations_exist(make_model, 
     run, hidden, asked = StageRun(tmp_path, execution=EXECUTION), LanguageModel.hidden, []
     loss = other_losses(model, teacher, float(sum(LENGTHS)), tmp_path)["reverse_kl"]
     monkeypatch.setattr(LanguageModel, "hidden", lambda m, *given: asked.append(m is teacher) or hidden(m, *given))
-    rows, how = CUTS["two"](make_batch(model.vocab_size)), {"before": scored_by(teacher, run)} if early else {}
-    found = update(model, AdamW(model, SETTINGS), rows, loss, lr=1e-3, max_grad_norm=1.0, mesh=Mesh(), **how)
+    rows = CUTS["two"](make_batch(model.vocab_size))
+    before = scored_by(teacher if early else None, run)
+    how = {"lr": 1e-3, "max_grad_norm": 1.0, "mesh": Mesh()}
+    found = update(model, AdamW(model, SETTINGS), rows, loss, before=before, **how)
     assert asked == [early, not early] * len(rows) and len(rows) > 1 and found["optim/grad_norm"] > 0
 
 
