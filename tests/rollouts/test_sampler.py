@@ -228,6 +228,17 @@ def test_a_large_vocabulary_is_inverted_block_by_block(dtype: torch.dtype, tempe
     assert [(int(t), float(p)) for t, p in single] == [(int(token[i]), float(logprob[i])) for i in (0, 7, 299)]
 
 
+def test_a_small_vocabulary_is_summed_in_float64():
+    """Of 4,000 tokens float32 sums are off by more than this."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 4000, generator=generator).expand(5000, -1)
+    uniform = torch.rand(5000, dtype=torch.float64, generator=generator)
+    token, _ = draw(logits, uniform, temperature=1.0)
+    ends = logits[0].double().softmax(0).cumsum(0)
+    after, before = ends[token], ends[token] - logits[0].double().softmax(0)[token]
+    assert (before - 2e-8 < uniform).all() and (uniform < after + 2e-8).all()
+
+
 def test_truncation_by_hand():
     # Probabilities .1 .4 .2 .3: in order of probability the tokens 1, 3, 2, 0.
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().tolist()
