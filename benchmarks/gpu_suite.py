@@ -109,7 +109,7 @@ def sampling(scale: Scale, copy_gbs: float) -> list[Row]:
                 | {"floor ms/step": floor / scale.new_tokens * 1e3, "floor share": floor / seconds}
                 | {"peak GB": peak_memory() / 1e9}
             )
-        del model, sampler  # pyright: ignore[reportPossiblyUnbound]
+        del model, sampler  # pyright: ignore[reportPossiblyUnbound] -- there is at least one
         reset_peak()
     return rows
 

@@ -125,7 +125,7 @@ def build(name: str, scale: Scale, *, trained: bool, checkpoint: bool = False, c
         module.gradient_checkpointing_enable({"use_reentrant": False})
     settings = ModelConfig(source="file:random", dtype="bfloat16", template="none")
     # An end token past the tokenizer's last is never drawn: every completion has full length.
-    model = LanguageModel(module, Tokens(scale.vocab), settings, (scale.vocab,), scale.vocab, checkpoint)  # pyright: ignore
+    model = LanguageModel(module, Tokens(scale.vocab), settings, (scale.vocab,), scale.vocab, checkpoint)  # pyright: ignore -- Tokens counts alone
     return compile_layers(model) if compiled else model
 
 
@@ -281,7 +281,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
         return peak_memory() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore -- set by now
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 

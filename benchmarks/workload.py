@@ -102,7 +102,7 @@ def load(directory: Path, dtype: str, device: str, *, trained: bool) -> Language
 
 def build(shape: Shape, vocab: int, dtype: str, device: str, *, trained: bool, mean_length: float | None = None):
     """As `save` and `load`, in memory."""
-    module = make(shape, vocab, mean_length, int(trained)).to(device)  # pyright: ignore[reportArgumentType]
+    module = make(shape, vocab, mean_length, int(trained)).to(device)  # pyright: ignore[reportArgumentType] -- typed Module
     module = module.requires_grad_(True) if trained else module.to(getattr(torch, dtype)).requires_grad_(False)
     return wrap(module, words(vocab), settings_of(dtype))
 

@@ -98,8 +98,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     words = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])  # pyright: ignore[reportAttributeAccessIssue] -- a setter untyped
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue] -- likewise
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -281,7 +281,7 @@ def sample(model: Qwen3ForCausalLM, problems: Sequence[Problem], num_samples: in
     prompts = [render(tokenizer, problem.messages[0].content) for problem in problems]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     torch.manual_seed(seed)
-    out = model.eval().generate(  # pyright: ignore[reportAttributeAccessIssue]
+    out = model.eval().generate(  # pyright: ignore[reportAttributeAccessIssue] -- typed without it
         **batch,
         num_return_sequences=num_samples,
         do_sample=True,

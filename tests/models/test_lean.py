@@ -3,28 +3,17 @@
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
+from families import random_module  # pyright: ignore -- pytest puts it on the path
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from headwater.assets import fetch
 from headwater.config import ModelConfig
 from headwater.models.language_model import load_model
 from headwater.models.lean import make_lean, rms_norm, silu_times
-
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
 
 
 def test_gradients_are_those_of_the_formulas():
@@ -36,15 +25,6 @@ def test_gradients_are_those_of_the_formulas():
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 0.3), (x, weight))
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a.transpose(0, 1), b, 1e-6), (x, weight))
     assert torch.autograd.gradcheck(silu_times, (gate, up))
-
-
-def random_module(kind: str, dtype: torch.dtype, **settings: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **settings))
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.2)
-    return module.to(dtype).eval()
 
 
 def run(module: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor], int]:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from families import SIZES, random_module  # pyright: ignore -- pytest puts it on the path
+from transformers import DynamicCache
 
 from headwater.config import LoRA
 from headwater.models.language_model import adapt, wrap
@@ -12,17 +13,6 @@ from headwater.rollouts.caches import RoomyLayer
 from headwater.rollouts.decoding import FAMILY, FEW, Decoder
 from headwater.rollouts.sampler import Sampling, TransformersSampler, _bias, _forward, _Modules
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
@@ -34,14 +24,7 @@ LLAMA3 = {
 
 
 def random_model(like: Any, kind: str, *, dtype: str = "float32", **settings: Any) -> Any:
-    """With norms and biases that are not those of a fresh model, 1 and 0."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**SIZES, **settings}, eos_token_id=2)
-    module = AutoModelForCausalLM.from_config(config, attn_implementation="headwater_cpu")
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.3)
-    module = module.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    module = random_module(kind, getattr(torch, dtype), **settings).requires_grad_(False)
     return wrap(module, like.tokenizer, like.config.model_copy(update={"dtype": dtype}))
 
 
@@ -112,7 +95,7 @@ def test_what_the_decoder_does_not_compute_is_left_to_the_modules(make_model):
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
     assert not Decoder.fits(random_model(like, "llama", rope_parameters=dynamic))
     assert not Decoder.fits(random_model(like, "llama", vocab_size=1 << 20, hidden_size=64, num_attention_heads=2))
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="adapters need the extra 'lora'")
     assert not Decoder.fits(adapt(random_model(like, "llama"), LoRA(rank=2), 0))
 
 
