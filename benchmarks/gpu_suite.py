@@ -41,10 +41,10 @@ from torch import Tensor
 from headwater.config import GRPO, Distill, Execution, Optimizer
 from headwater.mesh import Mesh
 from headwater.models.language_model import LanguageModel, compile_layers
-from headwater.rollouts.batch import Batch, micro_batches
+from headwater.rollouts.batch import Batch, MicroBatch, micro_batches
 from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
-from headwater.stages.common import dense_loss
+from headwater.stages.common import dense_loss, scored_by
 from headwater.stages.grpo import policy_loss
 from headwater.types import Message, Problem
 from headwater.update import AdamW, Loss, update
@@ -136,6 +136,7 @@ def timed_step(
     budget: int,
     *,
     unequal: bool = False,
+    before: Callable[[MicroBatch], MicroBatch] = lambda micro: micro,
 ) -> Row:
     """Median of three updates after one, with the peak memory of all of them and the time of the first.
 
@@ -166,7 +167,7 @@ def timed_step(
         synchronize()
         start = time.perf_counter()
         micros = micro_batches(rollouts, max_tokens=budget, device=student.device)
-        update(student, optimizer, micros, loss, lr=1e-6, max_grad_norm=1.0, mesh=Mesh())
+        update(student, optimizer, micros, loss, lr=1e-6, max_grad_norm=1.0, mesh=Mesh(), before=before)
         synchronize()
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[1:])
@@ -237,6 +238,7 @@ def distill_step(scale: Scale, peak_tflops: float) -> list[Row]:
                     prompt,
                     completion,
                     budget,
+                    before=scored_by(teacher, run),
                 )
             except torch.cuda.OutOfMemoryError:
                 row = {"rows": f"{count} x ({prompt} + {completion})", "micro-batch": budget, "out of memory": True}

@@ -47,7 +47,7 @@ from headwater.config import GRPO, Distill, Execution, Optimizer
 from headwater.rollouts.batch import Batch, micro_batches, states
 from headwater.run import StageRun
 from headwater.scoring.advantages import group_advantages
-from headwater.stages.common import dense_loss
+from headwater.stages.common import dense_loss, scored_by
 from headwater.stages.grpo import policy_loss
 
 
@@ -237,14 +237,16 @@ def loss_ours(job: Job, given: Row, wide: bool) -> tuple[torch.Tensor, torch.nn.
     common = {"steps": 1, "max_new_tokens": max(lengths), "problems_per_step": 1, "optimizer": Optimizer(lr=1e-6)}
     if job.method == "grpo":
         loss = policy_loss(GRPO(**common, sampler_weight_cap=0), Execution(), student.vocab_size, float(sum(lengths)))
+        before = scored_by(None, StageRun(root / "run"))
     else:
         teacher = load(root / "teacher", "float32", "cpu", trained=False)
         teacher.module.double()
         run = StageRun(root / "run")
         loss = dense_loss(Distill(**common), teacher, student.vocab_size, float(sum(lengths)), run)
+        before = scored_by(teacher, run)
     total = torch.zeros((), dtype=torch.float64)
     with casts(wide):
-        for micro in micro_batches(batch, max_tokens=64, share=student.shares_prefixes):
+        for micro in map(before, micro_batches(batch, max_tokens=64, share=student.shares_prefixes)):
             terms, _ = loss(states(student, micro), student.padded_head, micro)
             part = torch.stack([term.coef / term.denominator * term.total for term in terms]).sum()
             part.backward()
@@ -389,9 +391,8 @@ def compare(name: str, work: Workload, method: str, asked: argparse.Namespace) -
             return {"grid": list(tried.values())}
 
         def best(side: str, dtype: str | None = None) -> Job:
-            return min(
-                (j for j in tried if j.side == side and dtype in (None, j.dtype)), key=lambda j: tried[j]["seconds"]
-            )
+            fitting = [job for job in tried if job.side == side and dtype in (None, job.dtype)]
+            return min(fitting, key=lambda job: tried[job]["seconds"])
 
         plans = {dtype: (best("headwater", dtype), best("trl", dtype)) for dtype in ("float32", "bfloat16")}
         plans["best against best"] = (best("headwater"), best("trl"))

@@ -12,16 +12,16 @@ from headwater.rollouts.sampler import TransformersSampler
 from headwater.run import StageRun
 from headwater.scoring.weights import token_weights
 from headwater.stages import distill, grpo, joint
-from headwater.stages.common import dense_loss
+from headwater.stages.common import dense_loss, scored_by
 from headwater.types import Verdict
 
 BASE = {"steps": 1, "max_new_tokens": 6, "problems_per_step": 4, "group_size": 3, "optimizer": {"lr": 1e-3}}
 
 
-def gradient(model, part, loss) -> torch.Tensor:
+def gradient(model, part, loss, before=lambda micro: micro) -> torch.Tensor:
     """Of the head and everything below it, as `update` forms it before clipping."""
     model.module.zero_grad(set_to_none=True)
-    for micro in micro_batches(part, max_tokens=10_000):
+    for micro in map(before, micro_batches(part, max_tokens=10_000)):
         hidden = model.hidden(micro.ids, micro.attention_mask)[micro.predicts]
         terms, _ = loss(hidden, model.head, micro)
         torch.stack([(t.coef / t.denominator * t.total).double() for t in terms]).sum().backward()
@@ -44,13 +44,13 @@ def test_gradient_is_the_mixture_of_both_ends(make_model, problems, tmp_path):
     batch = batch.with_fields(dense=list(weights.split(batch.lengths)))
     part, denominator = grpo.weigh(batch, settings, Mesh())
     assert denominator != tokens, "each loss has its own denominator"
-    dense = dense_loss(settings, teacher, student.vocab_size, tokens, run)
+    dense, asked = dense_loss(settings, teacher, student.vocab_size, tokens, run), scored_by(teacher, run)
     sparse = grpo.policy_loss(settings, run.execution, student.vocab_size, denominator)
-    of_dense = gradient(student, part.with_fields(weights=part.fields["dense"]), dense)
+    of_dense = gradient(student, part.with_fields(weights=part.fields["dense"]), dense, asked)
     of_sparse = gradient(student, part, sparse)
     assert of_dense.norm() > 1e-3 and of_sparse.norm() > 1e-3
     for weight in (0.0, 0.3, 1.0):
-        both = gradient(student, part, joint.joint_loss(dense, sparse, weight))
+        both = gradient(student, part, joint.joint_loss(dense, sparse, weight), asked)
         torch.testing.assert_close(both, (1 - weight) * of_dense + weight * of_sparse, rtol=0, atol=1e-7)
 
 

@@ -25,7 +25,7 @@ from headwater.rollouts.sampler import Sampling, TransformersSampler
 from headwater.run import StageRun
 from headwater.scoring.log_probs import View, score_tokens
 from headwater.stages import distill, sft, spans, warmup
-from headwater.stages.common import dense_loss
+from headwater.stages.common import dense_loss, scored_by
 from headwater.stages.spans import NOT_TEXT, Pair, aligned, span_loss, with_scores
 from headwater.tasks.chains import Chains, grade, worked_solution
 from headwater.types import Message, Problem, Rollout
@@ -94,7 +94,8 @@ def test_one_token_spans_give_the_loss_of_equal_tokenizers(
     plain = wide.model_copy(update={"alignment": "tokens", "stored_top_k": 0})
     ones = Batch(batch.prompts, batch.completions, {"weights": [torch.ones(n) for n in batch.lengths]})
     exact = dense_loss(plain, teacher, student.vocab_size, count, run)
-    expected = value_and_gradient(student, exact, micro_batches(ones, max_tokens=64))
+    asked = [scored_by(teacher, run)(micro) for micro in micro_batches(ones, max_tokens=64)]
+    expected = value_and_gradient(student, exact, asked)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     for a, b in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))

@@ -153,7 +153,8 @@ def dense_loss(
     denominator: float,
     run: StageRun,
 ) -> Loss:
-    """Exact divergence from the teacher's hidden states, or from stored top-k + tail when `teacher` is None."""
+    """Exact divergence from the teacher's hidden states, which `scored_by` adds to a micro-batch, or from stored top-k
+    + tail when `teacher` is None."""
     kind = settings.divergence if isinstance(settings, Distill) else "reverse_kl"
     kind = "forward_kl" if isinstance(settings, Warmup) else kind
     beta = (settings.beta if isinstance(settings, Distill) else None) or 0.5
@@ -164,8 +165,7 @@ def dense_loss(
         if teacher is None:
             scores = stored_scores(micro, settings.temperature)
         else:
-            given = micro if "teacher_hidden" in micro.fields else scored_by(teacher, run)(micro)
-            scores = HiddenScores(given.fields["teacher_hidden"], teacher.padded_head.to(hidden.device))
+            scores = HiddenScores(micro.fields["teacher_hidden"], teacher.padded_head.to(hidden.device))
         total, _, metrics = dense_divergence(
             hidden,
             head,
